@@ -1,0 +1,281 @@
+"""Dual-Speed LoRA: two low-rank branches, slow and fast, beside each target linear layer.
+
+y = base(x) + (alpha / r) (B_s A_s + B_f A_f) dropout(x), after LoRA (Hu et al. 2021, eq. 3).
+Slow is shared by all tasks and learns at a small rate; fast follows the task at hand.
+"""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import nn
+
+BRANCHES = ("slow", "fast")
+
+
+class DSLoRALinear(nn.Module):
+    """A frozen linear layer with a slow and a fast LoRA branch.
+
+    The base layer stays a child module and is only ever called, so that quantised layers work.
+    A is kaiming-uniform and B zero: a new branch changes nothing.
+
+    Args:
+        base_layer: an `nn.Linear` or a subclass of it.
+        r: rank of each branch.
+        alpha: each branch's output is scaled by alpha / r.
+        dropout: probability, on the input of the branches.
+    """
+
+    def __init__(self, base_layer: nn.Linear, r: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        self.base_layer = base_layer
+        self.r, self.alpha = r, alpha
+        self.scaling = alpha / r
+        self.dropout = nn.Dropout(dropout)
+        self.active = BRANCHES
+        device = base_layer.weight.device
+        for branch in BRANCHES:
+            # fp32 whatever the base: in bf16 most updates at these rates round to nothing.
+            A = torch.empty(r, base_layer.in_features, dtype=torch.float32, device=device)
+            B = torch.empty(base_layer.out_features, r, dtype=torch.float32, device=device)
+            self.register_parameter(f"lora_A_{branch}", nn.Parameter(A))
+            self.register_parameter(f"lora_B_{branch}", nn.Parameter(B))
+            self.reset_branch(branch)
+
+    @property
+    def weight(self):
+        """The base layer's weight, frozen."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        """The base layer's bias, frozen, or None."""
+        return self.base_layer.bias
+
+    @torch.no_grad()
+    def reset_branch(self, branch: str) -> None:
+        """Makes `branch` new: it adds nothing until it is trained."""
+        A, B = self.branch(branch)
+        # Drawn on the CPU, so that a seed means the same weights on every device.
+        A.copy_(nn.init.kaiming_uniform_(torch.empty(A.shape), a=math.sqrt(5)))
+        B.zero_()
+
+    def branch(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """(A (r, in_features), B (out_features, r)) of the branch "slow" or "fast", fp32."""
+        return getattr(self, f"lora_A_{name}"), getattr(self, f"lora_B_{name}")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in_features) in fp32, bf16 or fp16 -> (..., out_features) in the same dtype."""
+        y = self.base_layer(x)
+        if not self.active:
+            return y
+        # One pair of products for both branches. The small parameters are cast down: casting the
+        # input up would keep an fp32 copy of it for the backward.
+        A_parts, B_parts = zip(*(self.branch(name) for name in self.active), strict=True)
+        A = torch.cat(A_parts).to(x.dtype)
+        B = torch.cat(B_parts, dim=1).to(x.dtype)
+        return y + F.linear(F.linear(self.dropout(x), A) * self.scaling, B)
+
+
+def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, layers) of the decoder stack: the module list that holds the most parameters.
+
+    Raises ValueError where the model has no module list.
+    """
+    stacks = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers")
+    return max(stacks.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def ds_lora_layers(model: nn.Module) -> dict[str, DSLoRALinear]:
+    """Name -> layer of every `DSLoRALinear` in `model`, bottom up."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, DSLoRALinear)}
+
+
+def replace_with_ds_lora(
+    model: nn.Module,
+    target_modules=("q_proj", "v_proj"),
+    r: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.05,
+    num_frozen_layers: int = 16,
+) -> nn.Module:
+    """Freezes `model` and gives its upper decoder layers slow and fast branches, in place.
+
+    A linear layer whose name inside a decoder layer of index >= `num_frozen_layers` contains one of
+    `target_modules` becomes a `DSLoRALinear`; only the branches are trainable afterwards.
+
+    Raises ValueError where nothing matches, where no layer is left to train, or where the model has
+    branches already.
+    """
+    if ds_lora_layers(model):
+        raise ValueError("the model has DS-LoRA branches already")
+    stack_name, layers = find_decoder_layers(model)
+    if not 0 <= num_frozen_layers < len(layers):
+        raise ValueError(
+            f"num_frozen_layers is {num_frozen_layers}, but {stack_name} has {len(layers)} layers: "
+            f"give 0 to {len(layers) - 1}"
+        )
+    linears = [
+        (layer, name, module)
+        for layer in layers[num_frozen_layers:]
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    chosen = [place for place in linears if any(target in place[1] for target in target_modules)]
+    if not chosen:
+        raise ValueError(
+            f"no linear layer of {stack_name} matches {', '.join(target_modules)}; there are "
+            f"{', '.join(sorted({name for _, name, _ in linears})) or 'none'}"
+        )
+    model.requires_grad_(False)
+    for layer, name, linear in chosen:
+        parent_name, _, child_name = name.rpartition(".")
+        new = DSLoRALinear(linear, r, alpha, dropout).train(linear.training)
+        setattr(layer.get_submodule(parent_name), child_name, new)
+    return model
+
+
+def branch_parameters(model: nn.Module, branch: str) -> list[nn.Parameter]:
+    """All parameters of the branch "slow" or "fast", bottom up, A before B."""
+    return [p for layer in ds_lora_layers(model).values() for p in layer.branch(branch)]
+
+
+def get_ds_lora_param_groups(model: nn.Module, lr_slow: float, lr_fast: float, weight_decay: float):
+    """(optim_groups, slow_params, fast_params) for one AdamW with two rates.
+
+    The groups are disjoint and together hold every trainable parameter. Each keeps its own rate
+    under "base_lr" too, for a schedule to multiply.
+    """
+    slow, fast = (branch_parameters(model, branch) for branch in BRANCHES)
+    grouped = {id(p) for p in slow} | {id(p) for p in fast}
+    assert len(grouped) == len(slow) + len(fast), "a parameter is in both groups"
+    assert grouped == {id(p) for p in model.parameters() if p.requires_grad}, (
+        "trainable parameters outside the branches"
+    )
+    groups = [
+        {"name": name, "params": params, "lr": lr, "base_lr": lr, "weight_decay": weight_decay}
+        for name, params, lr in (("slow", slow, lr_slow), ("fast", fast, lr_fast))
+    ]
+    return groups, slow, fast
+
+
+def reset_branch(model: nn.Module, branch: str) -> None:
+    """Makes the branch "slow" or "fast" new in every layer, drawn from torch's CPU generator."""
+    for layer in ds_lora_layers(model).values():
+        layer.reset_branch(branch)
+
+
+@contextlib.contextmanager
+def branch_off(model: nn.Module, branch: str):
+    """Within the block the branch "slow" or "fast" adds nothing."""
+    before = {layer: layer.active for layer in ds_lora_layers(model).values()}
+    try:
+        for layer in before:
+            layer.active = tuple(name for name in layer.active if name != branch)
+        yield
+    finally:
+        for layer, active in before.items():
+            layer.active = active
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_facts) -> None:
+    """Writes both branches into `folder` as one PEFT LoRA of rank 2r.
+
+    A = [A_s; A_f], B = [B_s, B_f], lora_alpha = 2 alpha: PEFT's scale 2 alpha / 2 r is ours.
+    `adapter_model.safetensors` and `adapter_config.json` are PEFT's; `ds_lora.json` says how to cut
+    them back and what the base was.
+
+    Args:
+        base_model: hub id, folder or file of the base model.
+        base_facts: what else identifies the base (JSON values), such as its quantisation.
+    """
+    folder, layers = Path(folder), ds_lora_layers(model)
+    first = next(iter(layers.values()))
+    stack_name, decoder = find_decoder_layers(model)
+    indices = sorted({int(name.removeprefix(stack_name + ".").split(".")[0]) for name in layers})
+    tensors = {}
+    for name, layer in layers.items():
+        (A_slow, B_slow), (A_fast, B_fast) = layer.branch("slow"), layer.branch("fast")
+        tensors[_key(name, "A")] = torch.cat([A_slow, A_fast]).detach().cpu()
+        tensors[_key(name, "B")] = torch.cat([B_slow, B_fast], dim=1).detach().cpu()
+    # A second metadata key would make the bytes differ from save to save.
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    peft_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": 2 * first.r,
+        "lora_alpha": 2 * first.alpha,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers}),
+        "layers_to_transform": indices,
+        "layers_pattern": stack_name.rsplit(".", 1)[-1],
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
+    ds_lora = {
+        "layout": "lora_A rows and lora_B columns: slow is the first r, fast the last r",
+        "r": first.r,
+        "alpha": first.alpha,
+        "num_layers": len(decoder),
+        "base_model": base_model,
+        **base_facts,
+    }
+    for name, value in (("adapter_config.json", peft_config), ("ds_lora.json", ds_lora)):
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Reads what `save_adapter` wrote into the branches of `model`.
+
+    Raises ValueError, before anything is changed, where a file is missing or damaged, or where
+    rank, scale, layers or shapes are not those of `model`.
+    """
+    folder, layers = Path(folder), ds_lora_layers(model)
+    try:
+        settings = json.loads((folder / "ds_lora.json").read_text(encoding="utf-8"))
+        tensors = load((folder / "adapter_model.safetensors").read_bytes())
+        found = {"r": settings["r"], "alpha": settings["alpha"]}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is not a whole DS-LoRA checkpoint: {error!r}") from error
+    expected = {}
+    for name, layer in layers.items():
+        expected[_key(name, "A")] = (2 * layer.r, layer.base_layer.in_features)
+        expected[_key(name, "B")] = (layer.base_layer.out_features, 2 * layer.r)
+    problems = [
+        f"its {key} is {found[key]}, the model's {getattr(layer, key)}"
+        for layer in list(layers.values())[:1]
+        for key in found
+        if found[key] != getattr(layer, key)
+    ]
+    for what, keys in (
+        ("missing", expected.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - expected.keys()),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} tensors {what}, such as {min(keys)}")
+    problems += [
+        f"{key} is {tuple(tensors[key].shape)}, the model's {shape}"
+        for key, shape in expected.items()
+        if key in tensors and tuple(tensors[key].shape) != shape
+    ][:1]
+    if problems:
+        raise ValueError(f"{folder} does not fit the model: {'; '.join(problems)}")
+    for name, layer in layers.items():
+        A, B = tensors[_key(name, "A")], tensors[_key(name, "B")]
+        for i, branch in enumerate(BRANCHES):
+            part = slice(i * layer.r, (i + 1) * layer.r)
+            layer.branch(branch)[0].copy_(A[part])
+            layer.branch(branch)[1].copy_(B[:, part])
+
+
+def _key(layer_name: str, matrix: str) -> str:
+    return f"base_model.model.{layer_name}.lora_{matrix}.weight"

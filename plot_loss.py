@@ -1,0 +1,189 @@
+"""Draws the loss curves of a run from its logs.
+
+python plot_loss.py single T2_math   logs/single_T2_math_train_loss.png
+python plot_loss.py seq              logs/seq_eval_loss.png
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe & Ito's palette: told apart with every kind of colour vision. Markers tell them apart too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+UNIT = "loss (nats per response token)"
+
+
+class UserError(Exception):
+    """Something the user can mend; the message says how."""
+
+
+def read_log(path: Path, keys: tuple[str, ...], command: str) -> list[dict]:
+    """Rows of a JSON-lines log that hold all `keys`.
+
+    Raises UserError where the log is missing, empty or damaged; `command` is what writes it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run {command} first, or give --log_dir") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            missing = [key for key in keys if key not in rows[-1]]
+        except (json.JSONDecodeError, TypeError):
+            raise UserError(
+                f"{path}, line {number}: damaged; remove the line or run again"
+            ) from None
+        if missing:
+            raise UserError(f"{path}, line {number}: {missing[0]!r} is missing; is it this log?")
+    if not rows:
+        raise UserError(f"{path} is empty: wait for the first line, or run {command} again")
+    return rows
+
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """Mean of each value and the `width` - 1 before it, as far as there are so many."""
+    windows = (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def plot_single(log_dir: Path, task: str) -> Path:
+    """Training loss over optimizer steps and held-out loss at the end of each epoch."""
+    command = f"python train_single_task.py --task {task}"
+    log = log_dir / f"single_{task}_train_loss.jsonl"
+    train = read_log(log, ("step", "epoch", "loss"), command)
+    held_out = read_log(log_dir / f"single_{task}_eval_loss.jsonl", ("epoch", "loss"), command)
+    steps, losses = [row["step"] for row in train], [row["loss"] for row in train]
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    width = max(1, len(steps) // 20)
+    axes.plot(steps, losses, color=COLOURS[0], alpha=0.3 if width > 1 else 1, label="training")
+    if width > 1:
+        smooth = running_mean(losses, width)
+        axes.plot(steps, smooth, color=COLOURS[0], label=f"training, mean of {width} log lines")
+    ends = {row["epoch"]: row["step"] for row in train}
+    axes.plot(
+        [ends[row["epoch"]] for row in held_out if row["epoch"] in ends],
+        [row["loss"] for row in held_out if row["epoch"] in ends],
+        color=COLOURS[4],
+        marker="o",
+        linestyle="--",
+        label="held-out, end of epoch",
+    )
+    axes.set(title=f"{task}: DS-LoRA", xlabel="optimizer step", ylabel=UNIT)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save(figure, log.with_suffix(".png"))
+
+
+def plot_sequence(log_dir: Path) -> Path:
+    """Held-out loss of every task over the stages, as lines and as the stage x task matrix."""
+    log = log_dir / "seq_eval_loss.jsonl"
+    rows = read_log(log, ("stage", "eval_task", "loss"), "python train_slsd_seq.py")
+    rows = [row for row in rows if row.get("branches", "latest") == "latest"]
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    # In the order of learning: the base is evaluated on all tasks in this order.
+    tasks = list(dict.fromkeys(row["eval_task"] for row in rows))
+    loss = {(row["stage"], row["eval_task"]): row["loss"] for row in rows}
+
+    figure, (lines, heat) = plt.subplots(
+        1, 2, figsize=(13, 5), layout="constrained", width_ratios=(1.1, 1)
+    )
+    for i, task in enumerate(tasks):
+        seen = [stage for stage in stages if (stage, task) in loss]
+        places = [stages.index(stage) for stage in seen]
+        values = [loss[stage, task] for stage in seen]
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        learned = 1 if seen[0] == "base" else 0
+        # Dotted from the untouched base to the stage that learns the task.
+        lines.plot(places[: learned + 1], values[: learned + 1], ":", mfc="white", **style)
+        lines.plot(places[learned:], values[learned:], linewidth=2, label=task, **style)
+    lines.set(
+        title="held-out loss of each task; hollow: untouched base",
+        xlabel="stage (the task just learned)",
+        ylabel=UNIT,
+    )
+    lines.set_xticks(range(len(stages)), stages)
+    lines.grid(alpha=0.3)
+    lines.legend(title="evaluated on")
+    draw_matrix(figure, heat, stages, tasks, loss)
+    return save(figure, log.with_suffix(".png"))
+
+
+def draw_matrix(figure, axes, stages: list[str], tasks: list[str], loss: dict) -> None:
+    """The losses as numbers, on colours for the change against each task's first loss."""
+    first = {task: next(loss[s, task] for s in stages if (s, task) in loss) for task in tasks}
+    change = [
+        [loss[stage, task] - first[task] if (stage, task) in loss else math.nan for task in tasks]
+        for stage in stages
+    ]
+    largest = max((abs(c) for row in change for c in row if not math.isnan(c)), default=0) or 1
+    image = axes.imshow(change, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+    for y, stage in enumerate(stages):
+        for x, task in enumerate(tasks):
+            if (stage, task) in loss:
+                dark = abs(change[y][x]) > 0.6 * largest
+                axes.text(
+                    x,
+                    y,
+                    f"{loss[stage, task]:.3f}",
+                    ha="center",
+                    va="center",
+                    color="white" if dark else "black",
+                    # The stage that learned the task.
+                    weight="bold" if stage == task else "normal",
+                )
+    axes.set(title="stage x task matrix; bold: just learned", xlabel="evaluated on", ylabel="stage")
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_yticks(range(len(stages)), stages)
+    figure.colorbar(image, ax=axes, label="change against the base (blue: better), nats per token")
+
+
+def save(figure, path: Path) -> Path:
+    """Writes the picture and returns its path."""
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def main(argv=None) -> int:
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", choices=("single", "seq"), help="one task's run, or the sequence")
+    parser.add_argument("task", nargs="?", help="the task of a single run, such as T2_math")
+    parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="folder of the logs")
+    try:
+        args = parser.parse_args(argv)
+        if (args.what == "single") != (args.task is not None):
+            raise UserError("give a task with single and none with seq, such as: single T2_math")
+        is_single = args.what == "single"
+        path = plot_single(args.log_dir, args.task) if is_single else plot_sequence(args.log_dir)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

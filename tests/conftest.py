@@ -1,0 +1,153 @@
+"""A tiny random LLaMA and a tiny tokenizer, made once a session; nothing is downloaded."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any Hugging Face import: a test that reaches for the hub fails at once instead of waiting.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from configs.base_config import TASKS, BaseConfig
+from models.ds_lora import BRANCHES, branch_parameters, replace_with_ds_lora
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(2)
+
+
+def make_rows(task: str, number: int) -> list[dict]:
+    """Short arithmetic rows; a task has its own wording, so that there is something to learn."""
+    words = {"T1": "add", "T2": "sum", "T3": "def", "T4": "call", "T5": "please"}
+    lead = words[task[:2]]
+    return [
+        {
+            "instruction": f"{lead} {i} and {i + 1}",
+            "input": "" if i % 3 else f"note {i}",
+            "output": f"{lead} gives {2 * i + 1}",
+        }
+        for i in range(number)
+    ]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level BPE without bos, as SmolLM2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    texts = [" ".join(row.values()) for task in TASKS for row in make_rows(task, 30)]
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def make_model(**overrides) -> LlamaForCausalLM:
+    """4 layers, 32 wide, always the same random weights, fp32."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        # Larger than usual, so that random weights give answers that differ.
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).eval()
+
+
+def inject(model, frozen=2, **changes):
+    settings = {"r": 4, "alpha": 8, "dropout": 0.0, "num_frozen_layers": frozen}
+    return replace_with_ds_lora(model, ("q_proj", "v_proj"), **{**settings, **changes})
+
+
+@torch.no_grad()
+def randomise(model, seed=1):
+    """Gives both branches an effect of about the size of the base's own."""
+    generator = torch.Generator().manual_seed(seed)
+    for branch in BRANCHES:
+        for parameter in branch_parameters(model, branch):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for task in TASKS:
+        write_rows(folder / f"{task}.jsonl", make_rows(task, 30))
+    return folder
+
+
+@pytest.fixture
+def settings(model_folder, data_folder, tmp_path) -> dict:
+    """Fields of a run on the tiny model that takes a second or two."""
+    return {
+        "model_name": str(model_folder),
+        "data_dir": str(data_folder),
+        "use_toy_data": True,
+        "device": "cpu",
+        "num_frozen_layers": 2,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lr_slow": 1e-3,
+        "lr_fast": 5e-3,
+        "num_epochs": 1,
+        "per_device_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "holdout_fraction": 0.3,
+        "max_seq_len": 64,
+        "probe_size_per_task": 4,
+        "kd_batch_size": 2,
+        "entropy_threshold": 100.0,
+        "logging_steps": 1,
+        "log_dir": str(tmp_path / "logs"),
+        "save_dir": str(tmp_path / "checkpoints"),
+    }
+
+
+@pytest.fixture
+def make_config(settings):
+    """Builds the tiny run's configuration with some fields changed."""
+    return lambda **changes: BaseConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def flags(settings):
+    """Builds the tiny run's command line with some fields changed."""
+
+    def build(**changes) -> list[str]:
+        argv = []
+        for name, value in {**settings, **changes}.items():
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return argv
+
+    return build

@@ -1,0 +1,156 @@
+"""Choosing a device and loading a model, with a pretended nvidia-smi and no hub."""
+
+import json
+import os
+import stat
+from importlib.util import find_spec
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError
+
+import utils_model
+from configs.base_config import UserError
+from utils_model import (
+    check_model,
+    describe_base,
+    load_model_and_tokenizer,
+    select_device,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    """Puts an nvidia-smi that prints `answer` first in PATH."""
+
+    def install(answer: str, code: int = 0):
+        script = tmp_path / "nvidia-smi"
+        script.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\nexit {code}\n")
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return install
+
+
+THREE = "0, GPU-aaa, 1000\n1, GPU-bbb, 9000\n2, GPU-ccc, 5000"
+
+
+@pytest.mark.parametrize(
+    ("visible", "chosen"),
+    [
+        (None, "GPU-bbb"),
+        ("0,2", "GPU-ccc"),
+        ("GPU-aaa", "GPU-aaa"),
+        (" 0 , GPU-b", "GPU-bbb"),
+    ],
+)
+def test_the_gpu_with_most_free_memory_becomes_the_only_visible_one(
+    smi, monkeypatch, visible, chosen
+):
+    smi(THREE)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert select_device() == torch.device("cuda:0")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
+
+
+def test_hidden_gpus_stay_hidden(smi, monkeypatch):
+    smi(THREE)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert select_device() == CPU
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_no_gpu_or_a_failing_driver_means_cpu(smi, monkeypatch):
+    smi("NVIDIA-SMI has failed", code=9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_device() == CPU
+    monkeypatch.setenv("PATH", "")
+    assert select_device() == select_device("cpu") == CPU
+
+
+def test_a_gpu_that_is_not_there_is_an_error(smi):
+    smi(THREE)
+    with pytest.raises(UserError, match="torch sees 1 GPUs"):
+        select_device("cuda:1")
+    assert select_device("cuda") == torch.device("cuda:0")
+
+
+def test_a_folder_loads_in_the_dtype_asked_for(make_config, model_folder):
+    model, tokenizer = load_model_and_tokenizer(make_config(), CPU)
+    assert model.dtype == torch.float32 and not model.training
+    assert tokenizer.pad_token_id == 2 and tokenizer.padding_side == "right"
+    model, _ = load_model_and_tokenizer(make_config(dtype="bfloat16"), CPU)
+    assert model.dtype == torch.bfloat16
+    assert describe_base(make_config()) == {"base_model": str(model_folder), "quantization": "none"}
+
+
+def test_a_tokenizer_without_pad_gets_one_and_without_eos_is_refused(
+    make_config, tokenizer, model_folder, tmp_path
+):
+    for file in model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    cfg = make_config(model_name=str(tmp_path))
+    assert load_model_and_tokenizer(cfg, CPU)[1].pad_token == "</s>"
+    del settings["eos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="no eos token"):
+        load_model_and_tokenizer(cfg, CPU)
+
+
+def test_what_is_missing_is_named_with_its_cure(make_config, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="there is no such file"):
+        check_model(make_config(model_name=str(tmp_path / "m.gguf")))
+    with pytest.raises(UserError, match="hub cannot be reached.*HF_ENDPOINT.*--config smollm2"):
+        check_model(make_config(model_name="owner/name"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty") as caught:
+        check_model(make_config(model_name=str(tmp_path / "empty")))
+    assert "\n" not in str(caught.value)
+
+    hidden = {"bitsandbytes", "gguf"}
+    monkeypatch.setattr(
+        utils_model.importlib.util,
+        "find_spec",
+        lambda name: None if name in hidden else find_spec(name),
+    )
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        check_model(make_config(quantization="4bit"))
+    (tmp_path / "m.gguf").write_bytes(b"")
+    with pytest.raises(UserError, match="pip install gguf"):
+        check_model(make_config(model_name=str(tmp_path / "m.gguf")))
+
+
+def test_a_model_too_small_for_the_settings_is_refused_before_it_is_loaded(make_config):
+    with pytest.raises(UserError) as caught:
+        check_model(make_config(num_frozen_layers=4, max_seq_len=257))
+    layers, positions = str(caught.value).splitlines()
+    assert "--num_frozen_layers 4: give 0 to 3" in layers
+    assert "--max_seq_len 257: give at most 256" in positions
+
+
+def test_a_gated_model_is_told_from_an_unreachable_one(make_config, monkeypatch):
+    class Response:
+        headers, request, status_code = {}, None, 403
+
+    def gated(*_, **__):
+        try:
+            raise GatedRepoError("403", response=Response())
+        except GatedRepoError as error:
+            raise OSError("You are trying to access a gated repo.\nlong text") from error
+
+    monkeypatch.setattr(utils_model.AutoConfig, "from_pretrained", gated)
+    with pytest.raises(
+        UserError, match=r"request access at https://huggingface.co/owner/name"
+    ) as caught:
+        check_model(make_config(model_name="owner/name"))
+    assert "hf auth login" in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,267 @@
+"""The command lines: what a run leaves behind, and what a user sees when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_model
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import plot_loss
+import train_single_task
+import train_slsd_seq
+from configs.base_config import TASKS, BaseConfig, UserError, parse_config
+from configs.smollm2_config import SmolLM2Config
+from utils_metrics import forgetting, loss_matrix
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def errors(capsys):
+    """Lines on stderr; asserts that each is one `error: ...` and none a traceback."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines and all(line.startswith("error: ") for line in lines)
+    return lines
+
+
+def command(*argv, **env):
+    return subprocess.run(
+        [sys.executable, *argv],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def sequence(tmp_path_factory, model_folder, data_folder):
+    """The real command line, once: five tasks with SLSD on the tiny model."""
+    folder = tmp_path_factory.mktemp("run")
+    argv = [
+        *("--model_name", model_folder, "--data_dir", data_folder, "--use_toy_data"),
+        *("--device", "cpu", "--num_frozen_layers", "2", "--lora_r", "4", "--num_epochs", "1"),
+        *("--gradient_accumulation_steps", "8", "--logging_steps", "2", "--max_seq_len", "64"),
+        *("--entropy_threshold", "99", "--probe_size_per_task", "4", "--holdout_fraction", "0.3"),
+        *("--lr_slow", "1e-3", "--lr_fast", "5e-3", "--lora_target_modules", "q_proj", "v_proj"),
+        *("--log_dir", folder / "logs", "--save_dir", folder / "checkpoints"),
+    ]
+    result = command("train_slsd_seq.py", *map(str, argv))
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_the_sequence_leaves_what_the_contract_says(sequence):
+    folder, _ = sequence
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [f"seq_{t}" for t in TASKS]
+    for task in TASKS:
+        names = {p.name for p in (folder / "checkpoints" / f"seq_{task}").iterdir()}
+        assert names >= {"adapter_model.safetensors", "adapter_config.json", "ds_lora.json"}
+        assert "tokenizer.json" in names and not any("model-" in name for name in names)
+    train = read(folder / "logs" / "seq_train_loss.jsonl")
+    keys = "task epoch step loss lr_slow lr_fast grad_norm_slow grad_norm_fast tokens_per_second"
+    for line in train:
+        assert set(line) == {*keys.split(), "stage", "kd_loss"} and line["stage"] == line["task"]
+        assert (line["kd_loss"] is None) == (line["task"] == "T1_general")
+        assert line["lr_fast"] == pytest.approx(5 * line["lr_slow"])
+    evaluations = read(folder / "logs" / "seq_eval_loss.jsonl")
+    expected = [("base", task) for task in TASKS]
+    expected += [(stage, task) for t, stage in enumerate(TASKS, 1) for task in TASKS[:t]]
+    assert [(line["stage"], line["eval_task"]) for line in evaluations] == expected
+    assert all(
+        set(line) == {"stage", "eval_task", "branches", "loss", "tokens"} for line in evaluations
+    )
+    assert {line["branches"] for line in evaluations} == {"latest"}
+
+
+def test_the_sequence_learns_and_its_summary_says_what_it_printed(sequence):
+    folder, printed = sequence
+    matrix = loss_matrix(read(folder / "logs" / "seq_eval_loss.jsonl"), list(TASKS))
+    for i in range(5):
+        assert matrix[i + 1][i] < matrix[0][i]
+    summary = json.loads((folder / "logs" / "seq_summary.json").read_text())
+    assert summary["matrix"][5] == matrix[5] and summary["matrix"][1][4] is None
+    assert summary["forgetting"] == pytest.approx(forgetting(matrix))
+    assert [stage["probes"] for stage in summary["stages"].values()] == [0, 4, 4, 4, 4]
+    assert summary["config"]["lora_r"] == 4 and summary["device"] == "cpu"
+    assert f"forgetting         {forgetting(matrix):+.3f} (positive = forgotten)" in printed
+    assert f"{matrix[5][0]:.3f}" in printed.splitlines()[-4]
+
+
+def test_peft_gives_the_losses_of_the_last_stage(sequence, tokenizer):
+    folder, _ = sequence
+    checkpoint = folder / "checkpoints" / "seq_T5_safety"
+    peft = PeftModel.from_pretrained(make_model(), checkpoint)
+    B = load_file(checkpoint / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.3.self_attn.v_proj.lora_B.weight"
+    assert B[key].shape == (16, 8) and (B[key][:, :4] != 0).any() and (B[key][:, 4:] != 0).any()
+    with torch.no_grad():
+        ids = tokenizer("[INST] add 1 and 2 [/INST]", return_tensors="pt").input_ids
+        assert (peft(ids).logits - make_model()(ids).logits).abs().max() > 1e-3
+
+
+def test_pictures_come_from_the_logs(sequence, capsys):
+    folder, _ = sequence
+    assert plot_loss.main(["seq", "--log_dir", str(folder / "logs")]) == 0
+    assert (folder / "logs" / "seq_eval_loss.png").stat().st_size > 20_000
+
+
+def test_earlier_outputs_are_kept_unless_overwriting_is_asked_for(sequence, flags, capsys):
+    folder, _ = sequence
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    here = {"log_dir": folder / "logs", "save_dir": folder / "checkpoints"}
+    assert train_slsd_seq.main(flags(**here)) == 2
+    (line,) = errors(capsys)
+    assert "outputs of an earlier run" in line and "--overwrite true" in line
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_overwriting_replaces_the_run_and_spares_what_is_not_its_own(flags, settings, tmp_path):
+    mine = tmp_path / "checkpoints" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    short = {"task_order": ["T2_math", "T1_general"], "max_steps_per_task": 1}
+    assert train_slsd_seq.main(flags(**short)) == 0
+    first = read(tmp_path / "logs" / "seq_eval_loss.jsonl")
+    stale = tmp_path / "checkpoints" / "seq_T5_safety"
+    stale.mkdir()
+    assert train_slsd_seq.main(flags(**short, overwrite=True)) == 0
+    assert read(tmp_path / "logs" / "seq_eval_loss.jsonl") == first
+    assert mine.read_text() == "mine" and not stale.exists()
+    assert [(line["stage"], line["eval_task"]) for line in first[2:]] == [
+        ("T2_math", "T2_math"),
+        ("T1_general", "T2_math"),
+        ("T1_general", "T1_general"),
+    ]
+
+
+def test_a_single_task_leaves_what_the_contract_says(flags, tmp_path, capsys):
+    argv = ["--task", "T2_math", *flags(num_epochs=2, logging_steps=2)]
+    assert train_single_task.main(argv) == 0
+    train = read(tmp_path / "logs" / "single_T2_math_train_loss.jsonl")
+    assert [(line["epoch"], line["step"]) for line in train] == [(1, 2), (2, 4), (2, 6)]
+    assert "kd_loss" not in train[0] and "stage" not in train[0]
+    evaluations = read(tmp_path / "logs" / "single_T2_math_eval_loss.jsonl")
+    assert [set(line) for line in evaluations] == [{"task", "epoch", "loss", "tokens"}] * 2
+    assert [line["epoch"] for line in evaluations] == [1, 2]
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["single_T2_math_epoch1", "single_T2_math_epoch2"]
+    assert plot_loss.main(["single", "T2_math", "--log_dir", str(tmp_path / "logs")]) == 0
+    assert (tmp_path / "logs" / "single_T2_math_train_loss.png").stat().st_size > 10_000
+
+
+def test_without_slsd_nothing_is_distilled(flags, tmp_path):
+    short = {"task_order": ["T1_general", "T2_math"], "max_steps_per_task": 1}
+    assert train_slsd_seq.main(flags(**short, use_slsd=False)) == 0
+    lines = read(tmp_path / "logs" / "seq_train_loss.jsonl")
+    assert [line["kd_loss"] for line in lines] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lora_rank", "4"], "unknown option --lora_rank"),
+        (["--lora", "4"], "unknown option --lora"),
+        (["--use_slsd", "perhaps"], "--use_slsd"),
+        (["--lr_slow", "fast"], "invalid float value: 'fast'"),
+        (["--quantization", "3bit"], "invalid choice: '3bit'"),
+        (["--config", "none"], "no such file in configs/; give base or smollm2"),
+        (["--config", "../base"], "no such file in configs/"),
+        (["--task_order", "T1_general", "T9"], "give each task once, out of T1_general"),
+        (["--device", "cuda:99"], "--device cuda:99: torch sees"),
+        (["--num_frozen_layers", "4"], "--num_frozen_layers 4: give 0 to 3"),
+        (["--lora_target_modules", "x_proj"], "no linear layer of model.layers matches x_proj"),
+    ],
+)
+def test_a_wrong_option_is_one_line(argv, message, flags, capsys, tmp_path):
+    assert train_slsd_seq.main([*flags(), *argv]) == 2
+    (line,) = errors(capsys)
+    assert message in line
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_the_task_is_checked(flags, capsys):
+    assert train_single_task.main(["--task", "T9", *flags()]) == 2
+    assert "--task T9: give one of T1_general" in errors(capsys)[0]
+    assert train_single_task.main(flags()) == 2
+    assert "--task is missing" in errors(capsys)[0]
+
+
+def test_all_impossible_values_are_reported_at_once():
+    with pytest.raises(UserError) as caught:
+        BaseConfig(lora_r=0, lr_slow=float("nan"), lora_dropout=1.0, kd_lambda=-1.0, task_order=[])
+    lines = str(caught.value).splitlines()
+    assert [line.split(" is ")[0] for line in lines] == [
+        "lora_r",
+        "kd_lambda",
+        "lr_slow",
+        "lora_dropout",
+        "task_order",
+    ]
+
+
+def test_lists_booleans_and_configs_on_the_command_line():
+    words = "--lora_target_modules q_proj k_proj --use_slsd false --use_toy_data --lr_slow=1e-4"
+    (cfg,) = parse_config(words.split(), description="")
+    assert cfg.lora_target_modules == ["q_proj", "k_proj"]
+    assert (cfg.use_slsd, cfg.use_toy_data, cfg.lr_slow) == (False, True, 1e-4)
+    (small,) = parse_config(["--config=smollm2", "--seed", "7"], description="")
+    assert type(small) is SmolLM2Config and (small.num_frozen_layers, small.seed) == (15, 7)
+    paths = BaseConfig(data_dir="d").data_paths["T2_math"]
+    assert paths == {"toy": "d/T2_math.jsonl", "full": "d/full/T2_math_full.jsonl"}
+
+
+def test_every_field_has_help():
+    for cls in (BaseConfig, SmolLM2Config):
+        assert all(field.metadata["help"] for field in cls.__dataclass_fields__.values())
+
+
+def test_all_problems_of_a_start_come_at_once(flags, settings, tmp_path, capsys):
+    broken = tmp_path / "data"
+    broken.mkdir()
+    (broken / "T1_general.jsonl").write_text('{"instruction": 1}\n')
+    argv = flags(data_dir=broken, model_name=tmp_path / "nowhere", task_order=list(TASKS[:2]))
+    assert train_slsd_seq.main(argv) == 2
+    model, first, second = errors(capsys)
+    assert "nowhere" in model and "--config smollm2" in model
+    assert "T1_general.jsonl, line 1: 'instruction' is int" in first
+    assert "T2_math.jsonl is missing: run python prepare_datasets.py" in second
+
+
+def test_the_default_without_hub_and_data_stops_within_seconds(tmp_path):
+    start = time.monotonic()
+    argv = ["--data_dir", tmp_path, "--log_dir", tmp_path, "--save_dir", tmp_path]
+    result = command(
+        "train_slsd_seq.py", *map(str, argv), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)
+    )
+    assert time.monotonic() - start < 30
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    model, *data = result.stderr.strip().splitlines()
+    assert "meta-llama/Llama-2-7b-hf" in model and "HF_ENDPOINT" in model and "smollm2" in model
+    assert len(data) == 5 and all("prepare_datasets.py" in line for line in data)
+
+
+@pytest.mark.parametrize("script", ["train_slsd_seq.py", "train_single_task.py"])
+def test_help_is_quick_and_names_every_field(script):
+    start = time.monotonic()
+    result = command(script, "--help")
+    assert result.returncode == 0 and time.monotonic() - start < 15
+    for name in BaseConfig.__dataclass_fields__:
+        assert f"--{name} " in result.stdout or f"--{name}," in result.stdout
+
+
+def test_ctrl_c_exits_130(flags, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_slsd_seq, "set_up", interrupt)
+    assert train_slsd_seq.main(flags()) == 130

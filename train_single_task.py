@@ -1,0 +1,44 @@
+"""Trains DS-LoRA on one task: the per-task baseline of the sequence."""
+
+import sys
+from dataclasses import dataclass
+
+from configs.base_config import TASKS, UserError, command_line, knob, parse_config
+from utils_checkpoint import JsonlLog, save_checkpoint
+from utils_train import evaluate_loss, set_up, train_task
+
+
+@dataclass
+class SingleTask:
+    task: str = knob("", f"the task to learn: {', '.join(TASKS)}")
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise UserError(f"--task {self.task or 'is missing'}: give one of {', '.join(TASKS)}")
+
+
+@command_line
+def main(argv=None):
+    cfg, single = parse_config(argv, SingleTask, description=__doc__)
+    task, name = single.task, f"single_{single.task}"
+    session = set_up(cfg, name, [task])
+
+    with (
+        JsonlLog(f"{cfg.log_dir}/{name}_train_loss.jsonl") as train_log,
+        JsonlLog(f"{cfg.log_dir}/{name}_eval_loss.jsonl") as eval_log,
+    ):
+
+        def end_epoch(epoch: int):
+            path = f"{cfg.save_dir}/{name}_epoch{epoch}"
+            save_checkpoint(path, session.model, session.tokenizer, session.about_base)
+            result = evaluate_loss(session, session.data[task].held_out)
+            eval_log.write(task=task, epoch=epoch, **result)
+            print(f"{task} epoch {epoch}: held-out loss {result['loss']:.3f} nats per token")
+
+        base = evaluate_loss(session, session.data[task].held_out)
+        print(f"{task} untouched base: held-out loss {base['loss']:.3f} nats per token")
+        train_task(cfg, session, task, train_log, on_epoch_end=end_epoch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

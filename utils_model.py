@@ -1,0 +1,201 @@
+"""The device, the base model and its tokenizer."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from configs.base_config import UserError
+from utils_checkpoint import file_sha256
+
+
+def select_device(wanted: str = "auto") -> torch.device:
+    """`wanted`, or for "auto" the GPU with the most free memory, and the CPU where there is none.
+
+    Asks nvidia-smi, since a CUDA query would leave a context of some 500 MB on every GPU it asks.
+    Makes the chosen GPU the only visible one, so call it before anything else touches CUDA.
+    Raises `UserError` where a GPU is wanted that is not there.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if wanted == "auto":
+        freest = _freest_gpu()
+        if freest:
+            os.environ["CUDA_VISIBLE_DEVICES"] = freest
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    device = torch.device(wanted)
+    if (device.index or 0) >= count:
+        raise UserError(
+            f"--device {wanted}: torch sees {count} GPUs; give auto, cpu or one of them"
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def _freest_gpu() -> str | None:
+    """UUID of the GPU with the most free memory among those in CUDA_VISIBLE_DEVICES, if any."""
+    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            query, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    allowed = None if visible is None else [entry.strip() for entry in visible.split(",")]
+    free = {}
+    for line in answer.splitlines():
+        index, uuid, memory = (part.strip() for part in line.split(","))
+        if allowed is None or any(
+            entry and (entry == index or uuid.startswith(entry)) for entry in allowed
+        ):
+            # A GPU cut into MIG instances reports no number.
+            free[uuid] = int(memory) if memory.isdigit() else 0
+    return max(free, key=free.get) if free else None
+
+
+def _location(cfg) -> dict:
+    """Arguments of `from_pretrained` that say where the model is."""
+    path = Path(cfg.model_name)
+    if path.suffix != ".gguf":
+        return {"pretrained_model_name_or_path": cfg.model_name}
+    if not path.is_file():
+        raise UserError(f"--model_name {path}: there is no such file")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"reading {path.name} needs the gguf package: pip install gguf")
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def _explain(cfg, error: Exception) -> UserError:
+    """One line for what `from_pretrained` says in many."""
+    causes = []
+    cause = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    name = cfg.model_name
+    if Path(name).exists():
+        return UserError(f"--model_name {name}: {str(error).splitlines()[0]}")
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        fault = f"is gated: request access at https://huggingface.co/{name} and run `hf auth login`"
+    elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        fault = (
+            "is not on the hub: check the name, or run `hf auth login` where it is private or gated"
+        )
+    else:
+        fault = (
+            "is no local folder, and the hub cannot be reached: check the network (LLaMA-2 also "
+            "needs access requested on its hub page and `hf auth login`)"
+        )
+    return UserError(
+        f"--model_name {name} {fault}; or set HF_ENDPOINT to a mirror, give a local folder, or try "
+        "--config smollm2"
+    )
+
+
+def check_model(cfg) -> None:
+    """Raises `UserError` where the base model cannot be had, without loading its weights."""
+    if cfg.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"--quantization {cfg.quantization} needs bitsandbytes: pip install bitsandbytes"
+        )
+    try:
+        config = AutoConfig.from_pretrained(**_location(cfg), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _explain(cfg, error) from error
+    config = config.get_text_config()
+    layers, positions = config.num_hidden_layers, getattr(config, "max_position_embeddings", None)
+    problems = []
+    if cfg.num_frozen_layers >= layers:
+        problems.append(f"--num_frozen_layers {cfg.num_frozen_layers}: give 0 to {layers - 1}")
+    if positions and cfg.max_seq_len > positions:
+        problems.append(f"--max_seq_len {cfg.max_seq_len}: give at most {positions}")
+    if problems:
+        model = f"{Path(cfg.model_name).name} has {layers} layers and {positions} positions"
+        raise UserError("\n".join(f"{problem}; {model}" for problem in problems))
+
+
+def load_model_and_tokenizer(cfg, device: torch.device):
+    """(model in eval mode on `device`, tokenizer with a pad token).
+
+    `cfg.model_name` is a hub id, a folder or a .gguf file. The dtype is the configuration's; "auto"
+    means bf16 on a GPU that has it, else fp16, and fp32 on a CPU. Raises `UserError` where the
+    model or what it needs is missing.
+    """
+    check_model(cfg)
+    location = {**_location(cfg), "trust_remote_code": False}
+    dtype = _dtype(cfg, device)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**location)
+        model = AutoModelForCausalLM.from_pretrained(
+            **location,
+            dtype=dtype,
+            # Straight onto the device: no second copy in host memory.
+            device_map={"": device},
+            quantization_config=_quantization(cfg, dtype),
+        )
+    except (OSError, ValueError) as error:
+        raise _explain(cfg, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"--model_name {cfg.model_name}: its tokenizer has no eos token, which ends a response"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    # Under a causal mask padding on the right needs no attention mask.
+    tokenizer.padding_side = "right"
+    return model.eval(), tokenizer
+
+
+def _dtype(cfg, device: torch.device) -> torch.dtype:
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype)
+    if device.type == "cpu":
+        return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def _quantization(cfg, dtype: torch.dtype):
+    if cfg.model_name.endswith(".gguf"):
+        return GgufConfig(dequantize=True)
+    if cfg.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if cfg.quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    return None
+
+
+def describe_base(cfg) -> dict:
+    """What a checkpoint says about its base: name, quantisation and, for a GGUF, sha256."""
+    facts = {"base_model": cfg.model_name, "quantization": cfg.quantization}
+    path = Path(cfg.model_name)
+    if path.suffix != ".gguf":
+        return facts
+    from gguf import GGUFReader
+
+    # The hash tells the file; the hub id, from its header and name, is what others can load.
+    owner = GGUFReader(path).get_field("general.organization")
+    if owner:
+        facts["base_model"] = (
+            f"{owner.contents()}/{path.name.removesuffix('.gguf').rsplit('.', 1)[0]}"
+        )
+    facts["gguf_sha256"] = file_sha256(path)
+    return facts
