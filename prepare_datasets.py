@@ -1,0 +1,412 @@
+"""Writes the five tasks in one format, {"instruction", "input", "output"}, to data/full/.
+
+The sets come from the Hugging Face hub, or from a folder laid out like it (--raw_dir).
+"""
+
+import json
+import random
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from configs.base_config import TASKS, UserError, command_line, knob, parse_dataclasses
+from utils_checkpoint import atomic_file, file_sha256, write_json
+from utils_data import KEYS, read_jsonl
+
+TOOL_LINE = "You can call these functions:"
+# A row of one is a copy of the other's: general instructions hold code tasks too.
+OVERLAPPING = {"T1_general": "T3_code", "T3_code": "T1_general"}
+TOY_CHARS = 400
+
+
+@dataclass
+class PrepareConfig:
+    """What to prepare, and how much of it."""
+
+    tasks: list[str] = knob(list(TASKS), "the tasks to prepare")
+    raw_dir: str = knob("", "folder laid out like the hub, OWNER/NAME/..., tried first; empty: hub")
+    data_dir: str = knob("data", "the files go to its sub-folder full/")
+    tool_dataset: Literal["glaive", "xlam"] = knob(
+        "glaive", "source of T4_tool; xlam needs access requested on the hub"
+    )
+    max_samples_per_task: int = knob(0, "a random choice of so many samples; 0: all")
+    max_chars: int = knob(6000, "longer samples, all three texts together, are dropped; 0: none")
+    seed: int = knob(42, "of the order and the choice of samples")
+    toy: bool = knob(
+        False, f"only sample toy files (texts under {TOY_CHARS} characters) from full/"
+    )
+    toy_dir: str = knob("", "with --toy: the folder that gets T*.jsonl")
+    toy_samples: int = knob(80, "with --toy: samples per task")
+    overwrite: bool = knob(False, "replace files that are there already")
+
+    def __post_init__(self):
+        problems = []
+        if not self.tasks or not set(self.tasks) <= set(TASKS):
+            problems.append(f"--tasks: give some of {', '.join(TASKS)}")
+        for name in ("max_samples_per_task", "max_chars", "toy_samples"):
+            if getattr(self, name) < 0:
+                problems.append(f"--{name} {getattr(self, name)}: give 0 or a positive number")
+        if self.toy and not self.toy_dir:
+            problems.append("--toy needs --toy_dir, the folder that gets the files")
+        if self.raw_dir and not Path(self.raw_dir).is_dir():
+            problems.append(f"--raw_dir {self.raw_dir}: there is no such folder")
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def path(self, task: str) -> Path:
+        """The full file of `task`."""
+        return Path(self.data_dir) / "full" / f"{task}_full.jsonl"
+
+
+class Drop(Exception):
+    """A row that cannot be used; the message is the reason that is counted."""
+
+
+class WrongShape(Drop):
+    """A row that is not as its source documents it."""
+
+
+@dataclass
+class Sample:
+    """One line of the output; of samples with the same `key` only the first is kept."""
+
+    instruction: str
+    input: str
+    output: str
+    key: object = None
+
+    def __post_init__(self):
+        self.instruction, self.input = self.instruction.strip(), self.input.strip()
+        # A leading-space strip would break indented code.
+        self.output = self.output.lstrip("\r\n").rstrip()
+        if not self.instruction:
+            raise Drop("empty instruction")
+        if not self.output:
+            raise Drop("empty output")
+        if self.key is None:
+            self.key = self.instruction, self.input
+
+    def row(self) -> dict[str, str]:
+        return {key: getattr(self, key) for key in KEYS}
+
+
+def texts(row: dict, *columns: str) -> list[str]:
+    """The columns of `row`; raises WrongShape where one is missing or no text."""
+    for column in columns:
+        if not isinstance(row.get(column), str):
+            raise WrongShape(f"column {column} is missing or no text")
+    return [row[column] for column in columns]
+
+
+def convert_alpaca(row: dict) -> Sample:
+    """tatsu-lab/alpaca and sahil2801/CodeAlpaca-20k; many spellings of "no input" become ""."""
+    instruction, given, output = texts(row, "instruction", "input", "output")
+    # "No input", "<noinput>", "`< noinput >`.", "No input required.", "N/A" ...
+    if re.fullmatch(r"\W*(no\s?inputs?( needed| required)?|none|n/a)?\W*", given, re.IGNORECASE):
+        given = ""
+    return Sample(instruction, given, output)
+
+
+def convert_dolly(row: dict) -> Sample:
+    """databricks/databricks-dolly-15k: context is the input; Wikipedia's citation marks go."""
+    instruction, context, response = texts(row, "instruction", "context", "response")
+    # This takes a subscript such as x[3] too, but dolly has hundreds of marks and hardly any code.
+    context, response = (
+        re.sub(r"(?<=[\w.,;:)\"'])(\[\d+\])+", "", text) for text in (context, response)
+    )
+    return Sample(instruction, context, response)
+
+
+def convert_gsm8k(row: dict) -> Sample:
+    """openai/gsm8k: the calculator's <<48/2=24>> notes go, the last line "#### 24" stays.
+
+    No input: a constant one would tell a router the task.
+    """
+    question, answer = texts(row, "question", "answer")
+    answer = re.sub(r"<<[^<>]*>>", "", answer)
+    if not re.search(r"(?m)^#### \S+\s*\Z", answer):
+        raise WrongShape("no final #### answer")
+    return Sample(question, "", answer)
+
+
+def tool_sample(request: str, tools, calls, history: str = "") -> Sample:
+    """The one form of every tool-calling source: schemas in the input, a JSON list of calls out.
+
+    Without the schemas the names could not be known and memory alone would be measured.
+    """
+    if not isinstance(tools, list) or not isinstance(calls, list):
+        raise WrongShape("tools or calls are no list")
+    if not calls:
+        raise Drop("no call")
+    names = {tool.get("name") for tool in tools if isinstance(tool, dict)}
+    output = []
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("arguments"), dict):
+            raise WrongShape("call is not readable")
+        if call.get("name") not in names:
+            raise Drop("call of a function that is not offered")
+        output.append({"name": call["name"], "arguments": call["arguments"]})
+    schemas = json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
+    given = f"{TOOL_LINE}\n{schemas}" + (f"\n\n{history}" if history else "")
+    return Sample(request, given, json.dumps(output, ensure_ascii=False))
+
+
+def convert_xlam(row: dict) -> Sample:
+    """Salesforce/xlam-function-calling-60k: answers and tools are JSON in strings."""
+    query, answers, tools = texts(row, "query", "answers", "tools")
+    try:
+        return tool_sample(query, json.loads(tools), json.loads(answers))
+    except json.JSONDecodeError:
+        raise WrongShape("tools or calls are no JSON") from None
+
+
+def convert_glaive(row: dict) -> Sample:
+    """glaiveai/glaive-function-calling-v2: a dialogue's first call and the message before it.
+
+    What was said before that message of the user follows the schemas in the input.
+    """
+    system, chat = texts(row, "system", "chat")
+    call = re.search(r"<functioncall>\s*(.*?)\s*(?:<\|endoftext\|>|\Z)", chat, re.DOTALL)
+    if not call:
+        raise Drop("no call")
+    turns = re.split(r"(?:\A|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):", chat[: call.start()])
+    said = [
+        (role, text.replace("<|endoftext|>", "").strip())
+        for role, text in zip(turns[1::2], turns[2::2], strict=True)
+    ]
+    # The call's own turn may open with words to the user.
+    users = [i for i, (role, _) in enumerate(said) if role == "USER"]
+    if not users:
+        raise WrongShape("no user message before the call")
+    history = "\n".join(f"{role}: {text}" for role, text in said[: users[-1]])
+    return tool_sample(
+        said[users[-1]][1], glaive_schemas(system), [glaive_call(call.group(1))], history
+    )
+
+
+def glaive_schemas(system: str) -> list[dict]:
+    """The schemas in a system message: JSON objects that follow each other without commas."""
+    decoder, schemas, position = json.JSONDecoder(), [], system.find("{")
+    try:
+        while position >= 0:
+            schema, end = decoder.raw_decode(system, position)
+            schemas.append(schema)
+            position = system.find("{", end)
+    except json.JSONDecodeError:
+        raise WrongShape("schemas are not readable") from None
+    return schemas
+
+
+def glaive_call(text: str) -> dict:
+    """A call, whose arguments are JSON in single quotes: {"name": "f", "arguments": '{"a": 1}'}."""
+    parts = re.fullmatch(
+        r'\{\s*"name":\s*"([^"]*)"\s*,\s*"arguments":\s*(.*?)\s*\}', text, re.DOTALL
+    )
+    if not parts:
+        raise WrongShape("call is not readable")
+    name, arguments = parts.groups()
+    if arguments[:1] == "'" == arguments[-1:]:
+        arguments = arguments[1:-1].replace("\\'", "'")
+    try:
+        return {"name": name, "arguments": json.loads(arguments)}
+    except json.JSONDecodeError:
+        raise WrongShape("call is not readable") from None
+
+
+def convert_hh(row: dict) -> Sample:
+    """Anthropic/hh-rlhf: the chosen transcript's last reply, and the dialogue before it.
+
+    A dialogue occurs at several depths: its key is the first thing said, or copies would straddle
+    the held-out split.
+    """
+    (chosen,) = texts(row, "chosen")
+    dialogue, mark, reply = chosen.rpartition("\n\nAssistant:")
+    turns = re.split(r"\n\n(Human|Assistant): ?", dialogue)
+    roles, said = turns[1::2], [text.strip() for text in turns[2::2]]
+    if not mark or turns[0].strip() or not roles:
+        raise WrongShape("no dialogue")
+    if roles != ["Human", "Assistant"] * (len(roles) // 2) + ["Human"]:
+        raise Drop("turns do not alternate")
+    if "\n\nHuman:" in reply or " Human: " in reply:
+        raise Drop("made-up turn in the reply")
+    history = "\n\n".join(
+        f"{role}: {text}" for role, text in zip(roles[:-1], said[:-1], strict=True)
+    )
+    return Sample(said[-1], history, reply.lstrip(), key=said[0].casefold())
+
+
+@dataclass
+class Source:
+    """A set on the hub, with the arguments of `load_dataset`, and what converts its rows."""
+
+    hub_id: str
+    convert: Callable[[dict], Sample]
+    config: str | None = None
+    data_dir: str | None = None
+
+    def load(self, raw_dir: str) -> tuple[list[dict], str]:
+        """(rows, "raw" or "hub"). Raises `UserError` that names the set and the cure."""
+        # Slow to import, and only needed here.
+        from datasets import disable_progress_bars, load_dataset
+        from datasets.exceptions import DatasetsError
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        folder = Path(raw_dir) / self.hub_id
+        place = "raw" if raw_dir and folder.is_dir() else "hub"
+        where = str(folder) if place == "raw" else self.hub_id
+        try:
+            # A cache of its own for a local folder: datasets would not see that a file has changed.
+            with tempfile.TemporaryDirectory() as fresh:
+                rows = load_dataset(
+                    where,
+                    self.config,
+                    data_dir=self.data_dir,
+                    split="train",
+                    cache_dir=fresh if place == "raw" else None,
+                )
+                return rows.to_list(), place
+        except (OSError, ValueError, DatasetsError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            cure = "mend or remove that folder"
+            if place == "hub":
+                cure = (
+                    "check the network or set HF_ENDPOINT to a mirror; where it is gated, request "
+                    f"access at https://huggingface.co/datasets/{self.hub_id} and run `hf auth "
+                    "login`; or give --raw_dir"
+                )
+            raise UserError(f"{self.hub_id} cannot be read ({reason}): {cure}") from error
+
+
+def sources(cfg: PrepareConfig, task: str) -> list[Source]:
+    """The sets that make up `task`."""
+    tools = {
+        "glaive": Source("glaiveai/glaive-function-calling-v2", convert_glaive),
+        "xlam": Source("Salesforce/xlam-function-calling-60k", convert_xlam, "dataset"),
+    }
+    return {
+        "T1_general": [
+            Source("tatsu-lab/alpaca", convert_alpaca),
+            Source("databricks/databricks-dolly-15k", convert_dolly),
+        ],
+        "T2_math": [Source("openai/gsm8k", convert_gsm8k, "main")],
+        "T3_code": [Source("sahil2801/CodeAlpaca-20k", convert_alpaca)],
+        "T4_tool": [tools[cfg.tool_dataset]],
+        "T5_safety": [Source("Anthropic/hh-rlhf", convert_hh, data_dir="harmless-base")],
+    }[task]
+
+
+def prepare(cfg: PrepareConfig, task: str, taken: set) -> dict:
+    """Writes the file of `task` and returns its entry in the manifest.
+
+    `taken` holds the (instruction, input) of another task's rows, which are dropped here.
+    """
+    rows, origin = [], {}
+    for source in sources(cfg, task):
+        loaded, origin[source.hub_id] = source.load(cfg.raw_dir)
+        rows += [(source.convert, row) for row in loaded]
+    # All sources in one shuffle: any first part of it holds them in proportion.
+    random.Random(f"{cfg.seed}/{task}").shuffle(rows)
+    samples, keys, dropped, malformed = [], set(), Counter(), 0
+    for convert, row in tqdm(rows, desc=task, unit="row", disable=not sys.stderr.isatty()):
+        try:
+            sample = convert(row)
+            length = len(sample.instruction) + len(sample.input) + len(sample.output)
+            if cfg.max_chars and length > cfg.max_chars:
+                raise Drop("longer than max_chars")
+            if (sample.instruction, sample.input) in taken:
+                raise Drop(f"also in {OVERLAPPING[task]}")
+            if sample.key in keys:
+                raise Drop("duplicate")
+            keys.add(sample.key)
+            if cfg.max_samples_per_task and len(samples) == cfg.max_samples_per_task:
+                raise Drop("beyond max_samples_per_task")
+            samples.append(sample)
+        except Drop as reason:
+            dropped[str(reason)] += 1
+            malformed += isinstance(reason, WrongShape)
+    if not samples or malformed > len(rows) / 2:
+        raise UserError(
+            f"{task}: {len(rows)} rows of {', '.join(origin)} gave {len(samples)} samples "
+            f"({dict(dropped.most_common(3))}); is this the set in its usual form?"
+        )
+    with atomic_file(cfg.path(task)) as file:
+        file.writelines(json.dumps(sample.row(), ensure_ascii=False) + "\n" for sample in samples)
+    return {
+        "sources": origin,
+        "rows_read": len(rows),
+        "dropped": dict(dropped.most_common()),
+        "written": len(samples),
+        "sha256": file_sha256(cfg.path(task)),
+        "seed": cfg.seed,
+        "max_chars": cfg.max_chars,
+        "max_samples_per_task": cfg.max_samples_per_task,
+    }
+
+
+def refuse_existing(paths: list[Path], overwrite: bool) -> None:
+    """Raises `UserError` for every file that would be replaced without leave."""
+    found = [path for path in paths if path.exists()]
+    if found and not overwrite:
+        raise UserError(
+            "\n".join(f"{path} exists: give --overwrite to replace it" for path in found)
+        )
+
+
+def prepare_full(cfg: PrepareConfig) -> None:
+    """Writes data/full/ and its manifest; a source that fails leaves the other tasks whole."""
+    refuse_existing([cfg.path(task) for task in cfg.tasks], cfg.overwrite)
+    manifest_path = Path(cfg.data_dir) / "full" / "manifest.json"
+    manifest = json.loads(manifest_path.read_text("utf-8")) if manifest_path.exists() else {}
+    problems, pending = [], [task for task in TASKS if task in cfg.tasks]
+    while pending:
+        task = pending.pop(0)
+        other = OVERLAPPING.get(task)
+        taken = set()
+        if other and other not in pending and cfg.path(other).exists():
+            taken = {(row["instruction"], row["input"]) for row in read_jsonl(cfg.path(other))}
+        try:
+            manifest[task] = prepare(cfg, task, taken)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        write_json(manifest_path, {name: manifest[name] for name in TASKS if name in manifest})
+        entry = manifest[task]
+        reasons = ", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items())
+        print(
+            f"{task:<11}{entry['rows_read']:>8} rows read {entry['written']:>8} written  {reasons}"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def sample_toy(cfg: PrepareConfig) -> None:
+    """Samples short rows of data/full/ into `cfg.toy_dir`."""
+    targets = {task: Path(cfg.toy_dir) / f"{task}.jsonl" for task in cfg.tasks}
+    refuse_existing(list(targets.values()), cfg.overwrite)
+    for task, target in targets.items():
+        rows = read_jsonl(cfg.path(task))
+        short = [row for row in rows if sum(map(len, row.values())) < TOY_CHARS]
+        if len(short) < cfg.toy_samples:
+            short = sorted(rows, key=lambda row: sum(map(len, row.values())))[: cfg.toy_samples]
+        chosen = random.Random(f"{cfg.seed}/{task}").sample(short, min(cfg.toy_samples, len(short)))
+        with atomic_file(target) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
+        print(f"{target}: {len(chosen)} of {len(rows)} rows")
+
+
+@command_line
+def main(argv=None):
+    (cfg,) = parse_dataclasses(argv, PrepareConfig, description=__doc__)
+    sample_toy(cfg) if cfg.toy else prepare_full(cfg)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
