@@ -111,13 +111,14 @@ def plot_sequence(log_dir: Path) -> Path:
         lines.plot(places[: learned + 1], values[: learned + 1], ":", mfc="white", **style)
         lines.plot(places[learned:], values[learned:], linewidth=2, label=task, **style)
     lines.set(
-        title="held-out loss of each task; hollow: untouched base",
+        title="held-out loss of each task (hollow: untouched base)",
         xlabel="stage (the task just learned)",
         ylabel=UNIT,
     )
     lines.set_xticks(range(len(stages)), stages)
     lines.grid(alpha=0.3)
-    lines.legend(title="evaluated on")
+    # Below the axes: inside them it would hide lines.
+    lines.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5, columnspacing=1)
     draw_matrix(figure, heat, stages, tasks, loss)
     return save(figure, log.with_suffix(".png"))
 
@@ -145,7 +146,9 @@ def draw_matrix(figure, axes, stages: list[str], tasks: list[str], loss: dict) -
                     # The stage that learned the task.
                     weight="bold" if stage == task else "normal",
                 )
-    axes.set(title="stage x task matrix; bold: just learned", xlabel="evaluated on", ylabel="stage")
+    axes.set(
+        title="stage x task matrix (bold: just learned)", xlabel="evaluated on", ylabel="stage"
+    )
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_yticks(range(len(stages)), stages)
     figure.colorbar(image, ax=axes, label="change against the base (blue: better), nats per token")
