@@ -291,8 +291,10 @@ def train_task(
                 progress.report(line)
                 window = _Window()
             if on_epoch_end and (position + 1 == per_epoch or step + 1 == total):
+                pause = time.perf_counter()
                 on_epoch_end(epoch + 1)
                 model.train()
+                window.started += time.perf_counter() - pause
     model.eval()
 
 
