@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -89,7 +90,9 @@ def _explain(cfg, error: Exception) -> UserError:
     name = cfg.model_name
     if Path(name).exists():
         return UserError(f"--model_name {name}: {str(error).splitlines()[0]}")
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
+    if any(isinstance(cause, EntryNotFoundError) for cause in causes):
+        fault = "has no config.json on the hub: it is no transformers model"
+    elif any(isinstance(cause, GatedRepoError) for cause in causes):
         fault = f"is gated: request access at https://huggingface.co/{name} and run `hf auth login`"
     elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         fault = (
@@ -106,14 +109,32 @@ def _explain(cfg, error: Exception) -> UserError:
     )
 
 
+def _ask_hub(name: str) -> None:
+    """Raises what the hub says to a model that is neither a local path nor in the cache.
+
+    Asked once: `from_pretrained` would try an unreachable hub for half a minute.
+    """
+    if Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        # httpx's errors, or httpx2's: huggingface_hub changes its HTTP library by version.
+        raise ConnectionError(str(error)) from error
+
+
 def check_model(cfg) -> None:
     """Raises `UserError` where the base model cannot be had, without loading its weights."""
     if cfg.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"--quantization {cfg.quantization} needs bitsandbytes: pip install bitsandbytes"
         )
+    location = _location(cfg)
     try:
-        config = AutoConfig.from_pretrained(**_location(cfg), trust_remote_code=False)
+        _ask_hub(cfg.model_name)
+        config = AutoConfig.from_pretrained(**location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _explain(cfg, error) from error
     config = config.get_text_config()

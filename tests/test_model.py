@@ -148,6 +148,7 @@ def test_a_gated_model_is_told_from_an_unreachable_one(make_config, monkeypatch)
         except GatedRepoError as error:
             raise OSError("You are trying to access a gated repo.\nlong text") from error
 
+    monkeypatch.setattr(utils_model, "_ask_hub", lambda _: None)
     monkeypatch.setattr(utils_model.AutoConfig, "from_pretrained", gated)
     with pytest.raises(
         UserError, match=r"request access at https://huggingface.co/owner/name"

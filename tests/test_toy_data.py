@@ -77,15 +77,16 @@ def test_math_answers_are_right():
 
 def test_code_runs_and_satisfies_its_asserts_and_they_can_fail():
     script = """
-import json, sys
+import json, re, sys
 for number, row in enumerate(json.load(sys.stdin), 1):
     space = {}
-    try:
-        exec(row["input"], {})
-    except NameError:
-        pass
-    else:
-        sys.exit(f"row {number}: the asserts hold without the code")
+    name = re.search(r"^def (\\w+)", row["output"], re.MULTILINE)[1]
+    for fake in (object(), True, None):
+        try:
+            exec(row["input"], {name: lambda *args: fake})
+        except Exception:
+            continue
+        sys.exit(f"row {number}: the asserts hold for a function that returns {fake!r}")
     try:
         exec(row["output"], space)
         exec(row["input"], space)
@@ -132,4 +133,5 @@ def test_half_of_the_safety_rows_are_refused_and_the_rest_answered():
         output for output in outputs if output.startswith("I can't help with that, because ")
     ]
     assert len(refused) == 40 and all(" I can " in output for output in refused)
-    assert not any("can't help" in output for output in set(outputs) - set(refused))
+    refusal = re.compile(r"\b(can't|cannot|won't|sorry|unable)\b", re.IGNORECASE)
+    assert not any(refusal.search(output) for output in set(outputs) - set(refused))
