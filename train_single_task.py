@@ -4,8 +4,9 @@ import sys
 from dataclasses import dataclass
 
 from configs.base_config import TASKS, UserError, command_line, knob, parse_config
-from utils_checkpoint import JsonlLog, save_checkpoint
-from utils_train import evaluate_loss, set_up, train_task
+from utils_checkpoint import save_checkpoint
+from utils_session import set_up
+from utils_train import evaluate_loss, train_task
 
 
 @dataclass
@@ -21,12 +22,8 @@ class SingleTask:
 def main(argv=None):
     cfg, single = parse_config(argv, SingleTask, description=__doc__)
     task, name = single.task, f"single_{single.task}"
-    session = set_up(cfg, name, [task])
-
-    with (
-        JsonlLog(f"{cfg.log_dir}/{name}_train_loss.jsonl") as train_log,
-        JsonlLog(f"{cfg.log_dir}/{name}_eval_loss.jsonl") as eval_log,
-    ):
+    with set_up(cfg, name, [task]) as session:
+        train_log, eval_log = session.log(f"{name}_train_loss"), session.log(f"{name}_eval_loss")
 
         def end_epoch(epoch: int):
             path = f"{cfg.save_dir}/{name}_epoch{epoch}"
@@ -35,9 +32,11 @@ def main(argv=None):
             eval_log.write(task=task, epoch=epoch, **result)
             print(f"{task} epoch {epoch}: held-out loss {result['loss']:.3f} nats per token")
 
-        base = evaluate_loss(session, session.data[task].held_out)
-        print(f"{task} untouched base: held-out loss {base['loss']:.3f} nats per token")
+        if not session.training:
+            base = evaluate_loss(session, session.data[task].held_out)
+            print(f"{task} untouched base: held-out loss {base['loss']:.3f} nats per token")
         train_task(cfg, session, task, train_log, on_epoch_end=end_epoch)
+        session.finish()
 
 
 if __name__ == "__main__":

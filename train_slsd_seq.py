@@ -14,47 +14,49 @@ from models.ds_lora import branch_parameters, reset_branch
 from models.slsd import SLSD
 from utils_checkpoint import JsonlLog, save_checkpoint, write_json
 from utils_metrics import format_matrix, loss_matrix, summarise
-from utils_train import evaluate_loss, seed_torch, set_up, train_task
+from utils_session import set_up
+from utils_train import evaluate_loss, seed_torch, train_task
 
 
 @command_line
 def main(argv=None):
     (cfg,) = parse_config(argv, description=__doc__)
     tasks = cfg.task_order
-    session = set_up(cfg, "seq", tasks)
-    slsd = make_slsd(cfg, session) if cfg.use_slsd else None
-    evaluations, stages = [], {}
-
-    with (
-        JsonlLog(f"{cfg.log_dir}/seq_train_loss.jsonl") as train_log,
-        JsonlLog(f"{cfg.log_dir}/seq_eval_loss.jsonl") as eval_log,
-    ):
+    with set_up(cfg, "seq", tasks) as session:
+        train_log, eval_log = session.log("seq_train_loss"), session.log("seq_eval_loss")
+        slsd = make_slsd(cfg, session) if cfg.use_slsd else None
 
         def evaluate(stage: str, seen: list[str]):
             for task in seen:
                 result = evaluate_loss(session, session.data[task].held_out, f"{stage}: {task}")
-                line = {"stage": stage, "eval_task": task, "branches": "latest", **result}
-                eval_log.write(**line)
-                evaluations.append(line)
+                eval_log.write(stage=stage, eval_task=task, branches="latest", **result)
                 print(f"after {stage}: {task} held-out loss {result['loss']:.3f} nats per token")
 
-        evaluate("base", tasks)
-        for t, task in enumerate(tasks):
+        if not session.position:
+            evaluate("base", tasks)
+            session.position = {"stages_done": 0, "stages": {}}
+            session.save()
+        for t, task in enumerate(
+            tasks[session.position["stages_done"] :], session.position["stages_done"]
+        ):
             start = time.perf_counter()
             probes = train_one_task_with_slsd(cfg, session, task, train_log, slsd if t else None)
             trained = time.perf_counter()
             path = f"{cfg.save_dir}/seq_{task}"
             save_checkpoint(path, session.model, session.tokenizer, session.about_base)
             evaluate(task, tasks[: t + 1])
-            stages[task] = {
+            session.position["stages_done"] = t + 1
+            session.position["stages"][task] = {
+                "probes": probes,
                 "train_seconds": trained - start,
                 "evaluate_seconds": time.perf_counter() - trained,
-                "probes": probes,
             }
+            session.save()
 
-    matrix = loss_matrix(evaluations, tasks)
-    print(format_matrix(matrix, tasks))
-    write_summary(cfg, session, matrix, stages)
+        matrix = loss_matrix(eval_log.read(), tasks)
+        print(format_matrix(matrix, tasks))
+        write_summary(cfg, session, matrix)
+        session.finish()
 
 
 def make_slsd(cfg, session) -> SLSD:
@@ -81,21 +83,31 @@ def train_one_task_with_slsd(cfg, session, task: str, log: JsonlLog, slsd: SLSD 
     `slsd` is None for the first task, which has no previous model, and without distillation.
     Returns the number of probes.
     """
-    probes = 0
-    if slsd:
-        slsd.begin_task(task, session.data[task].train)
-        probes = report_probes(cfg, task, slsd)
-    if cfg.fast_init == "fresh":
-        # After the probes were read: their teacher is the whole model of the last stage.
-        seed_torch(cfg.seed, task, "fast branch")
-        reset_branch(session.model, "fast")
+    if session.training:
+        if slsd:
+            slsd.restore(session.training[1]["aux"])
+    else:
+        begin_stage(cfg, session, task, slsd)
+    probes = len(slsd.buffer) if slsd and slsd.buffer else 0
     train_task(cfg, session, task, log, aux=slsd, stage=task)
     if slsd:
         slsd.end_task()
     return probes
 
 
-def report_probes(cfg, task: str, slsd: SLSD) -> int:
+def begin_stage(cfg, session, task: str, slsd: SLSD | None) -> None:
+    """What happens before a task's first step, and not again where the task is resumed."""
+    if slsd:
+        samples = session.data[task].train
+        session.with_less_memory(lambda: slsd.begin_task(task, samples))
+        report_probes(cfg, task, slsd)
+    if cfg.fast_init == "fresh":
+        # After the probes were read: their teacher is the whole model of the last stage.
+        seed_torch(cfg.seed, task, "fast branch")
+        reset_branch(session.model, "fast")
+
+
+def report_probes(cfg, task: str, slsd: SLSD) -> None:
     """Prints how many probes were chosen, and warns where no sample was sure enough."""
     seen = slsd.pool_entropies
     if slsd.buffer is None:
@@ -104,15 +116,14 @@ def report_probes(cfg, task: str, slsd: SLSD) -> int:
             f"{min(seen):.2f} nats per token, above --entropy_threshold {cfg.entropy_threshold}",
             file=sys.stderr,
         )
-        return 0
-    print(
-        f"{task}: {len(slsd.buffer)} probes out of {len(seen)} samples of entropy "
-        f"{min(seen):.2f} to {max(seen):.2f} nats per token"
-    )
-    return len(slsd.buffer)
+    else:
+        print(
+            f"{task}: {len(slsd.buffer)} probes out of {len(seen)} samples of entropy "
+            f"{min(seen):.2f} to {max(seen):.2f} nats per token"
+        )
 
 
-def write_summary(cfg, session, matrix, stages: dict) -> None:
+def write_summary(cfg, session, matrix) -> None:
     """Writes `seq_summary.json`: NaN becomes null."""
 
     def finite(value: float):
@@ -124,7 +135,7 @@ def write_summary(cfg, session, matrix, stages: dict) -> None:
             "tasks": cfg.task_order,
             "matrix": [[finite(loss) for loss in row] for row in matrix],
             **{name: finite(value) for name, value in summarise(matrix).items()},
-            "stages": stages,
+            "stages": session.position["stages"],
             "config": dataclasses.asdict(cfg),
             "versions": {
                 "python": platform.python_version(),

@@ -1,11 +1,15 @@
-"""What a run leaves on disk: whole files or none, one JSON object a line, PEFT adapters."""
+"""What a run leaves on disk: whole files or none, one JSON object a line, states to resume from."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
+
+import safetensors.torch
 
 from configs.base_config import UserError
 from models.ds_lora import save_adapter
@@ -50,7 +54,7 @@ def atomic_file(path: str | Path):
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path):
-    """Yields an empty folder that becomes `path`, which must not exist, when no fault occurs."""
+    """Yields an empty folder that takes the place of `path` when the block ends without a fault."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -62,6 +66,9 @@ def atomic_folder(path: str | Path):
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         _sync_folder(partial)
+        if path.exists():
+            # Of a stage that is being done again: the state to resume from is older than it.
+            shutil.rmtree(path)
         os.rename(partial, path)
         _sync_folder(path.parent)
     finally:
@@ -69,22 +76,46 @@ def atomic_folder(path: str | Path):
 
 
 class JsonlLog:
-    """Appends one JSON object a line and flushes it; numbers must be finite or null."""
+    """Appends one JSON object a line and flushes it; numbers must be finite or null.
 
-    def __init__(self, path: str | Path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Lines beyond the first `size` bytes are cut: they come from after the state that is resumed.
+    """
+
+    def __init__(self, path: str | Path, size: int = 0):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            raise UserError(
+                f"{path} has {found} bytes and the saved state counts on {size}: put the log back, "
+                "or give --overwrite true to start afresh"
+            )
         self._file = open(path, "a", encoding="utf-8", newline="\n")
+        self._file.truncate(size)
 
     def write(self, **row) -> None:
         """Raises ValueError where a number is not finite."""
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
+    def size(self) -> int:
+        """Bytes written so far, which are on the disk when this returns."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def read(self) -> list[dict]:
+        """All lines so far."""
+        with open(self._file.name, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def close(self) -> None:
+        self._file.close()
+
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        self.close()
 
 
 def write_json(path: str | Path, value) -> None:
@@ -94,14 +125,113 @@ def write_json(path: str | Path, value) -> None:
         file.write("\n")
 
 
-def _earlier_outputs(cfg, run_name: str) -> list[Path]:
-    return [*Path(cfg.log_dir).glob(f"{run_name}_*"), *Path(cfg.save_dir).glob(f"{run_name}_*")]
+class RunState:
+    """The states of one run, to resume it from: each is whole, or known not to be.
+
+    A state is a folder `state-NUMBER-HASH` of safetensors parts and `manifest.json`, which holds
+    the sha256 of each part; HASH is that of the manifest. The newest and the one before it stay.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def found(self) -> list[Path]:
+        """The states, whole or not, oldest first."""
+        return sorted(self.folder.glob("state-*"))
+
+    def save(self, facts: dict, parts: dict[str, dict], keep: int = 2) -> None:
+        """Writes `facts` (JSON values) and `parts` (name -> tensors) as the newest state."""
+        blobs = {
+            f"{name}.safetensors": safetensors.torch.save(tensors, metadata={"format": "pt"})
+            for name, tensors in parts.items()
+        }
+        hashes = {name: hashlib.sha256(blob).hexdigest() for name, blob in blobs.items()}
+        manifest = json.dumps({**facts, "parts": hashes}, allow_nan=False, indent=2).encode()
+        earlier = self.found()
+        number = int(earlier[-1].name.split("-")[1]) + 1 if earlier else 0
+        name = f"state-{number:08d}-{hashlib.sha256(manifest).hexdigest()[:16]}"
+        with atomic_folder(self.folder / name) as folder:
+            for file_name, blob in {**blobs, "manifest.json": manifest}.items():
+                (folder / file_name).write_bytes(blob)
+        for old in self.found()[:-keep]:
+            shutil.rmtree(old)
+
+    def load(self) -> tuple[dict, dict[str, dict]] | None:
+        """(facts, parts) of the newest whole state, or None where there is no state.
+
+        Damaged states are named and removed. Raises `UserError` where none is whole.
+        """
+        damaged = []
+        for path in reversed(self.found()):
+            try:
+                state = self._read(path)
+            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+                print(f"warning: {path} is damaged ({error}) and not used", file=sys.stderr)
+                damaged.append(path)
+                continue
+            for other in damaged:
+                shutil.rmtree(other)
+            return state
+        if damaged:
+            raise UserError(
+                f"{self.folder}: none of {len(damaged)} saved states is whole; put one back, or "
+                "give --overwrite true to start afresh"
+            )
+        return None
+
+    @staticmethod
+    def _read(path: Path) -> tuple[dict, dict[str, dict]]:
+        manifest = (path / "manifest.json").read_bytes()
+        if not path.name.endswith(hashlib.sha256(manifest).hexdigest()[:16]):
+            raise ValueError("manifest.json is not what was written")
+        facts, parts = json.loads(manifest), {}
+        for name, expected in facts.pop("parts").items():
+            blob = (path / name).read_bytes()
+            if hashlib.sha256(blob).hexdigest() != expected:
+                raise ValueError(f"{name} is not what was written")
+            parts[name.removesuffix(".safetensors")] = safetensors.torch.load(blob)
+        return facts, parts
+
+
+@contextlib.contextmanager
+def run_lock(folders: list[str], run_name: str):
+    """Holds the folders for this run; the lock of a dead process holds nothing.
+
+    Removes what a killed run left half-written. Raises `UserError` where another run holds a folder
+    or where it cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(folder / f".{run_name}.lock", "w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{folder}: another run is at work there; wait for it, or give another folder"
+                ) from None
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+            for pattern in (f".{run_name}_*.tmp", f"{run_name}_state/.*.tmp"):
+                for left in folder.glob(pattern):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+
+
+def state_folder(cfg, run_name: str) -> Path:
+    """Where the states of the run `run_name` ("seq" or "single_<task>") are."""
+    return Path(cfg.save_dir) / f"{run_name}_state"
+
+
+def _outputs(cfg, run_name: str) -> list[Path]:
+    found = [*Path(cfg.log_dir).glob(f"{run_name}_*"), *Path(cfg.save_dir).glob(f"{run_name}_*")]
+    return [path for path in found if path != state_folder(cfg, run_name) or any(path.iterdir())]
 
 
 def check_outputs(cfg, run_name: str) -> None:
-    """Raises `UserError` where an earlier run `run_name` ("seq", "single_<task>") left outputs."""
-    found = _earlier_outputs(cfg, run_name)
-    if found and not cfg.overwrite:
+    """Raises `UserError` where an earlier run left outputs and no state to resume it from."""
+    found = _outputs(cfg, run_name)
+    if found and not cfg.overwrite and not RunState(state_folder(cfg, run_name)).found():
         folders = " and ".join(sorted({str(path.parent) for path in found}))
         raise UserError(
             f"{folders}: {len(found)} outputs of an earlier run ({found[0].name} ...); give "
@@ -110,8 +240,9 @@ def check_outputs(cfg, run_name: str) -> None:
 
 
 def clear_outputs(cfg, run_name: str) -> None:
-    """Removes the outputs of an earlier run, once `check_outputs` has let this one pass."""
-    for path in _earlier_outputs(cfg, run_name):
+    """Removes the outputs of an earlier run."""
+    # The state goes last: a run that is killed here is still known as one that can be resumed.
+    for path in sorted(_outputs(cfg, run_name), key=lambda p: p == state_folder(cfg, run_name)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

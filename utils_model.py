@@ -1,7 +1,9 @@
 """The device, the base model and its tokenizer."""
 
+import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +139,11 @@ def check_model(cfg) -> None:
         config = AutoConfig.from_pretrained(**location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _explain(cfg, error) from error
+    kinds = config.architectures or []
+    if kinds and not any(
+        re.search("CausalLM|LMHead|ConditionalGeneration", kind) for kind in kinds
+    ):
+        raise UserError(f"--model_name {cfg.model_name}: {kinds[0]} is no causal language model")
     config = config.get_text_config()
     layers, positions = config.num_hidden_layers, getattr(config, "max_position_embeddings", None)
     problems = []
@@ -150,26 +157,15 @@ def check_model(cfg) -> None:
 
 
 def load_model_and_tokenizer(cfg, device: torch.device):
-    """(model in eval mode on `device`, tokenizer with a pad token).
-
-    `cfg.model_name` is a hub id, a folder or a .gguf file. The dtype is the configuration's; "auto"
-    means bf16 on a GPU that has it, else fp16, and fp32 on a CPU. Raises `UserError` where the
-    model or what it needs is missing.
-    """
+    """(model in eval mode on `device`, tokenizer with a pad token); see `load_model`."""
     check_model(cfg)
-    location = {**_location(cfg), "trust_remote_code": False}
-    dtype = _dtype(cfg, device)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    return load_model(cfg, device), load_tokenizer(cfg)
+
+
+def load_tokenizer(cfg):
+    """The base model's tokenizer, with a pad token; `UserError` where it has no eos token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**location)
-        model = AutoModelForCausalLM.from_pretrained(
-            **location,
-            dtype=dtype,
-            # Straight onto the device: no second copy in host memory.
-            device_map={"": device},
-            quantization_config=_quantization(cfg, dtype),
-        )
+        tokenizer = AutoTokenizer.from_pretrained(**_location(cfg), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _explain(cfg, error) from error
     if tokenizer.eos_token_id is None:
@@ -180,10 +176,49 @@ def load_model_and_tokenizer(cfg, device: torch.device):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     # Under a causal mask padding on the right needs no attention mask.
     tokenizer.padding_side = "right"
-    return model.eval(), tokenizer
+    return tokenizer
 
 
-def _dtype(cfg, device: torch.device) -> torch.dtype:
+def load_model(cfg, device: torch.device):
+    """The base model in eval mode on `device`.
+
+    `cfg.model_name` is a hub id, a folder or a .gguf file. The dtype is the configuration's; "auto"
+    means bf16 on a GPU that has it, else fp16, and fp32 on a CPU. Raises `UserError` where the
+    model or what it needs is missing.
+    """
+    dtype = model_dtype(cfg, device)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **_location(cfg),
+            trust_remote_code=False,
+            output_loading_info=True,
+            dtype=dtype,
+            # Straight onto the device: no second copy in host memory.
+            device_map={"": device},
+            quantization_config=_quantization(cfg, dtype),
+        )
+    except (OSError, ValueError) as error:
+        raise _explain(cfg, error) from error
+    if info["missing_keys"]:
+        # transformers would go on with random numbers.
+        names = sorted(info["missing_keys"])
+        raise UserError(
+            f"--model_name {cfg.model_name}: {len(names)} weights, such as {names[0]}, are missing"
+        )
+    return model.eval()
+
+
+def skeleton(cfg):
+    """The base model without weights, on the meta device."""
+    config = AutoConfig.from_pretrained(**_location(cfg), trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def model_dtype(cfg, device: torch.device) -> torch.dtype:
+    """The dtype of the base model on `device`."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     if device.type == "cpu":
@@ -204,10 +239,24 @@ def _quantization(cfg, dtype: torch.dtype):
     return None
 
 
+def _fingerprint(folder: Path) -> str:
+    """sha256 of the sizes, beginnings and ends of the weight files: gigabytes take no time."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {size}".encode() + file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
 def describe_base(cfg) -> dict:
     """What a checkpoint says about its base: name, quantisation and, for a GGUF, sha256."""
     facts = {"base_model": cfg.model_name, "quantization": cfg.quantization}
     path = Path(cfg.model_name)
+    if path.is_dir():
+        facts["weights"] = _fingerprint(path)
     if path.suffix != ".gguf":
         return facts
     from gguf import GGUFReader

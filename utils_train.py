@@ -1,4 +1,4 @@
-"""The one training loop, the evaluation, and what both scripts do before they train."""
+"""The one training loop and the evaluation."""
 
 import hashlib
 import math
@@ -6,7 +6,6 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,100 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from configs.base_config import UserError
-from models.ds_lora import find_decoder_layers, get_ds_lora_param_groups, replace_with_ds_lora
+from configs.base_config import Stopped, UserError
+from models.ds_lora import get_ds_lora_param_groups
 from models.slsd import evaluation, response_logits
-from utils_checkpoint import JsonlLog, check_outputs, clear_outputs
-from utils_data import IGNORE, TaskData, make_passes, prepare_task, read_jsonl
-from utils_model import check_model, describe_base, load_model_and_tokenizer, select_device
+from utils_checkpoint import JsonlLog
+from utils_data import IGNORE
+from utils_session import Session, count_steps
 
-
-@dataclass
-class Session:
-    """What a script trains with.
-
-    `make_passes(samples)` cuts samples into passes on the device, see `utils_data.make_passes`.
-    """
-
-    model: nn.Module
-    tokenizer: object
-    device: torch.device
-    data: dict[str, TaskData]
-    make_passes: Callable
-    about_base: dict
-
-
-def _gather(checks: list[Callable]) -> list:
-    """The results of all `checks`, or one `UserError` with the problems of all of them."""
-    results, problems = [], []
-    for check in checks:
-        try:
-            results.append(check())
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return results
-
-
-def set_up(cfg, run_name: str, tasks: list[str]) -> Session:
-    """Checks what can be checked, then loads model and data and puts the branches in.
-
-    Outputs of an earlier run `run_name` are removed once nothing stands in the way. Raises
-    `UserError` with all problems that show before the model's weights are loaded.
-    """
-    _, _, *rows = _gather(
-        [
-            partial(check_outputs, cfg, run_name),
-            partial(check_model, cfg),
-            *(partial(read_jsonl, cfg.data_path(task)) for task in tasks),
-        ]
-    )
-    device = select_device(cfg.device)
-    model, tokenizer = load_model_and_tokenizer(cfg, device)
-    data = _gather(
-        [partial(prepare_task, cfg, tokenizer, *pair) for pair in zip(tasks, rows, strict=True)]
-    )
-    torch.manual_seed(cfg.seed)
-    try:
-        replace_with_ds_lora(
-            model,
-            cfg.lora_target_modules,
-            cfg.lora_r,
-            cfg.lora_alpha,
-            cfg.lora_dropout,
-            cfg.num_frozen_layers,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if cfg.gradient_checkpointing:
-        enable_checkpointing(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trainable
-    print(f"{device}, {model.dtype}: {trainable:,} trainable parameters, {frozen:,} frozen")
-    clear_outputs(cfg, run_name)
-    cut = partial(
-        make_passes,
-        tokens_per_pass=cfg.tokens_per_pass,
-        pad_token_id=tokenizer.pad_token_id,
-        device=device,
-    )
-    return Session(
-        model, tokenizer, device, dict(zip(tasks, data, strict=True)), cut, describe_base(cfg)
-    )
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Recomputes the layers with branches in the backward; the frozen bottom stays outside it."""
-    # The reentrant kind gives `backward(inputs=...)` nothing, without a word.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
-    # transformers 5 makes the embeddings require grad, which would drag the backward through the
-    # frozen layers.
-    model.disable_input_require_grads()
-    for layer in find_decoder_layers(model)[1]:
-        if not any(p.requires_grad for p in layer.parameters()):
-            layer.gradient_checkpointing = False
+MAX_SKIPPED_IN_A_ROW = 10
 
 
 def lr_multiplier(schedule: str, warmup_ratio: float, step: int, total_steps: int) -> float:
@@ -123,13 +36,6 @@ def lr_multiplier(schedule: str, warmup_ratio: float, step: int, total_steps: in
     }[schedule]
 
 
-def count_steps(cfg, num_samples: int) -> tuple[int, int]:
-    """(optimizer steps of an epoch, of the task) for `num_samples` training samples."""
-    per_epoch = math.ceil(num_samples / cfg.samples_per_step)
-    total = cfg.num_epochs * per_epoch
-    return per_epoch, min(total, cfg.max_steps_per_task or total)
-
-
 def seed_torch(*what) -> None:
     """Seeds torch from `what` alone: a step draws the same wherever the run started."""
     digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
@@ -139,25 +45,37 @@ def seed_torch(*what) -> None:
 class _Window:
     """What happened since the last log line, on the device until a line is due."""
 
-    def __init__(self):
+    def __init__(self, saved: dict | None = None):
         self.started = time.perf_counter()
-        self.loss_sum, self.tokens = 0.0, 0
-        self.kd_sum, self.kd_tokens = 0.0, 0
-        self.all_tokens = 0
+        self.sums = {"loss": 0.0, "kd": 0.0, **(saved or {}).get("sums", {})}
+        self.tokens = {"loss": 0, "kd": 0, "all": 0, **(saved or {}).get("tokens", {})}
+        self.tokens_before = self.tokens["all"]
+
+    def add(self, name: str, loss_sum: torch.Tensor, tokens: int) -> None:
+        # In double precision, so that a window that was saved and resumed has the same sum.
+        self.sums[name] = self.sums[name] + loss_sum.double()
+        self.tokens[name] += tokens
+
+    def state(self) -> dict:
+        """JSON values from which the window can be made again."""
+        return {"sums": {k: float(v) for k, v in self.sums.items()}, "tokens": self.tokens}
 
     def line(self) -> dict:
-        return {
-            "loss": float(self.loss_sum) / self.tokens,
-            "kd_loss": float(self.kd_sum) / self.kd_tokens if self.kd_tokens else None,
-            "tokens_per_second": self.all_tokens / (time.perf_counter() - self.started),
-        }
+        loss, kd = (
+            float(self.sums[name]) / self.tokens[name] if self.tokens[name] else None
+            for name in ("loss", "kd")
+        )
+        seconds = time.perf_counter() - self.started
+        speed = (self.tokens["all"] - self.tokens_before) / seconds
+        return {"loss": loss, "kd_loss": kd, "tokens_per_second": speed}
 
 
 class _Progress(tqdm):
     """A bar on a terminal, a line for each log line elsewhere."""
 
-    def __init__(self, task: str, total: int):
-        super().__init__(desc=task, total=total, unit="step", disable=not sys.stderr.isatty())
+    def __init__(self, task: str, total: int, done: int):
+        shown = sys.stderr.isatty()
+        super().__init__(desc=task, total=total, initial=done, unit="step", disable=not shown)
 
     def report(self, line: dict) -> None:
         """Shows what is logged: loss and kd_loss in nats per response token."""
@@ -179,8 +97,11 @@ def clip_grad_norm(params: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     return nn.utils.clip_grad_norm_(params, max_norm or math.inf)
 
 
-def _check_finite(where: str, values: torch.Tensor, passes: list[list[str]], may_overflow: bool):
-    """`values` holds a loss for each of `passes`, then the distillation loss and the two norms."""
+def _check_finite(where, values: torch.Tensor, passes: list[list[str]], may_overflow: bool) -> bool:
+    """Whether all `values` are finite: a loss for each of `passes`, the KD loss and the two norms.
+
+    Raises `UserError` where one is not, unless a gradient overflowed that may.
+    """
     finite = torch.isfinite(values).tolist()
     losses, kd_is_finite, norms = (
         finite[: len(passes)],
@@ -197,6 +118,7 @@ def _check_finite(where: str, values: torch.Tensor, passes: list[list[str]], may
     # With fp16 loss scaling an overflow is expected: the scaler skips the step and scales less.
     if not all(norms) and not may_overflow:
         raise UserError(f"{where}: a gradient is not finite; {cure}")
+    return all(norms)
 
 
 def train_task(
@@ -228,49 +150,81 @@ def train_task(
     groups, slow, fast = get_ds_lora_param_groups(model, cfg.lr_slow, cfg.lr_fast, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups)
     scaler = torch.amp.GradScaler(session.device.type, enabled=model.dtype == torch.float16)
+    start, skipped, window = 0, 0, _Window()
+    if session.training:
+        (facts, parts), session.training = session.training, None
+        start, skipped, window = facts["step"], facts["skipped"], _Window(facts["window"])
+        scaler.load_state_dict(facts["scaler"])
+        load_optimizer(optimizer, parts["optimizer"])
+    # Only now: loading a state makes new groups.
+    groups = optimizer.param_groups
+
+    def save(step: int) -> None:
+        training = {
+            "step": step,
+            "skipped": skipped,
+            "window": window.state(),
+            "scaler": scaler.state_dict(),
+        }
+        probes = aux.state() if aux else {}
+        session.save(training, {"optimizer": optimizer_tensors(optimizer), "aux": probes})
 
     def backward(loss):
         scaler.scale(loss).backward()
 
-    window = _Window()
+    def gradients(step: int, step_samples: list[dict], tokens: int):
+        """Leaves the gradients of one step; returns the losses of its passes and the KD loss."""
+        optimizer.zero_grad()
+        seed_torch(cfg.seed, task, step)
+        kd = aux.aux_backward(step, backward) if aux else None
+        losses, passes = [], []
+        for indices, batch in session.make_passes(step_samples):
+            logits, targets = response_logits(model, **batch)
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+            backward(loss / tokens)
+            losses.append(loss.detach())
+            passes.append([step_samples[i]["id"] for i in indices])
+        return losses, passes, kd or (torch.zeros((), device=session.device), 0)
+
     model.train()
-    with _Progress(task, total) as progress:
-        for step in range(total):
+    with _Progress(task, total, start) as progress:
+        for step in range(start, total):
             epoch, position = divmod(step, per_epoch)
-            if position == 0:
-                order = random.Random(f"{cfg.seed}/{task}/{epoch}").sample(
-                    range(len(samples)), len(samples)
-                )
+            if position == 0 or step == start:
+                shuffler = random.Random(f"{cfg.seed}/{task}/{epoch}")
+                order = shuffler.sample(range(len(samples)), len(samples))
             first = position * cfg.samples_per_step
             step_samples = [samples[i] for i in order[first : first + cfg.samples_per_step]]
             tokens = sum(int((sample["labels"] != IGNORE).sum()) for sample in step_samples)
             multiplier = lr_multiplier(cfg.lr_schedule, cfg.warmup_ratio, step, total)
             for group in groups:
                 group["lr"] = group["base_lr"] * multiplier
-            seed_torch(cfg.seed, task, step)
 
-            kd = aux.aux_backward(step, backward) if aux else None
-            kd_sum, kd_tokens = kd or (torch.zeros((), device=session.device), 0)
-            losses, passes = [], []
-            for indices, batch in session.make_passes(step_samples):
-                logits, targets = response_logits(model, **batch)
-                loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-                backward(loss / tokens)
-                losses.append(loss.detach())
-                passes.append([step_samples[i]["id"] for i in indices])
+            try:
+                losses, passes, (kd_sum, kd_tokens) = session.with_less_memory(
+                    partial(gradients, step, step_samples, tokens)
+                )
+            except Stopped:
+                # The step is done again from its beginning: its gradients are not saved.
+                save(step)
+                raise
             scaler.unscale_(optimizer)
             norms = [clip_grad_norm(params, cfg.max_grad_norm) for params in (slow, fast)]
             values = torch.stack([*losses, kd_sum, *norms])
-            _check_finite(f"{task}, step {step + 1}", values, passes, scaler.is_enabled())
+            finite = _check_finite(f"{task}, step {step + 1}", values, passes, scaler.is_enabled())
+            skipped = 0 if finite else skipped + 1
+            if skipped == MAX_SKIPPED_IN_A_ROW:
+                raise UserError(
+                    f"{task}, step {step + 1}: {skipped} overflows in a row in float16; give "
+                    "--dtype float32 or bfloat16"
+                )
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
-            window.loss_sum += sum(losses)
-            window.tokens += tokens
-            window.kd_sum += kd_sum
-            window.kd_tokens += kd_tokens
-            window.all_tokens += sum(len(sample["input_ids"]) for sample in step_samples)
+            window.add("loss", sum(losses), tokens)
+            window.add("kd", kd_sum, kd_tokens)
+            window.tokens["all"] += sum(len(sample["input_ids"]) for sample in step_samples)
             progress.update()
             if (step + 1) % cfg.logging_steps == 0 or step + 1 == total:
                 line = {
@@ -280,8 +234,10 @@ def train_task(
                     **window.line(),
                     "lr_slow": groups[0]["lr"],
                     "lr_fast": groups[1]["lr"],
-                    "grad_norm_slow": norms[0].item(),
-                    "grad_norm_fast": norms[1].item(),
+                    **{
+                        f"grad_norm_{name}": norm.item() if math.isfinite(norm) else None
+                        for name, norm in zip(("slow", "fast"), norms, strict=True)
+                    },
                 }
                 if stage is None:
                     del line["kd_loss"]
@@ -290,12 +246,32 @@ def train_task(
                 log.write(**line)
                 progress.report(line)
                 window = _Window()
+            pause = time.perf_counter()
             if on_epoch_end and (position + 1 == per_epoch or step + 1 == total):
-                pause = time.perf_counter()
                 on_epoch_end(epoch + 1)
                 model.train()
-                window.started += time.perf_counter() - pause
+            if (step + 1) % cfg.save_steps == 0 or step + 1 == total:
+                save(step + 1)
+            window.started += time.perf_counter() - pause
     model.eval()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state by parameter number and name, on the CPU."""
+    return {
+        f"{number:05d}.{name}": tensor.cpu()
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, tensor in state.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Takes up what `optimizer_tensors` gave."""
+    state = optimizer.state_dict()
+    for name, tensor in tensors.items():
+        number, _, entry = name.partition(".")
+        state["state"].setdefault(int(number), {})[entry] = tensor
+    optimizer.load_state_dict(state)
 
 
 def evaluate_loss(session: Session, samples, description: str = "evaluating") -> dict:
@@ -303,20 +279,25 @@ def evaluate_loss(session: Session, samples, description: str = "evaluating") ->
 
     Weighted by tokens, whatever the passes; the model's mode is restored.
     """
-    total, tokens = 0.0, 0
-    progress = tqdm(
-        total=len(samples),
-        desc=description,
-        unit="sample",
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
-    with evaluation(session.model), progress:
-        for indices, batch in session.make_passes(samples):
-            logits, targets = response_logits(session.model, **batch)
-            total += F.cross_entropy(logits.float(), targets, reduction="sum").double()
-            tokens += len(targets)
-            progress.update(len(indices))
+
+    def run() -> tuple[torch.Tensor, int]:
+        total, tokens = torch.zeros((), dtype=torch.float64, device=session.device), 0
+        progress = tqdm(
+            total=len(samples),
+            desc=description,
+            unit="sample",
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+        with evaluation(session.model), progress:
+            for indices, batch in session.make_passes(samples):
+                logits, targets = response_logits(session.model, **batch)
+                total += F.cross_entropy(logits.float(), targets, reduction="sum").double()
+                tokens += len(targets)
+                progress.update(len(indices))
+        return total, tokens
+
+    total, tokens = session.with_less_memory(run)
     loss = float(total) / tokens
     if not math.isfinite(loss):
         raise UserError(f"{description}: the loss is not finite; give --dtype float32")

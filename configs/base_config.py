@@ -1,10 +1,12 @@
 """Every knob of an experiment, with its unit and meaning, and the command line made from them."""
 
 import difflib
+import errno
 import functools
 import importlib
 import math
 import re
+import signal
 import sys
 from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass, field
@@ -16,8 +18,27 @@ from transformers import HfArgumentParser
 TASKS = ("T1_general", "T2_math", "T3_code", "T4_tool", "T5_safety")
 
 
+# Fields that say where and how fast, but not what comes out: a run may be resumed with others.
+NOT_RESULTS = (
+    "model_name device tokens_per_pass gradient_checkpointing logging_steps save_steps data_dir "
+    "log_dir save_dir overwrite dry_run"
+).split()
+
+
 class UserError(Exception):
     """Something the user can mend. Each line of the message names one problem and its cure."""
+
+
+class NothingToDo(Exception):
+    """The run is over before it began, and rightly so; the message says why."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it has saved what it needs to go on."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number
 
 
 def knob(default, help: str):
@@ -129,9 +150,15 @@ class BaseConfig:
     seed: int = knob(42, "of branch weights, data order, dropout and probe choice")
 
     logging_steps: int = knob(10, "optimizer steps from one line of the training log to the next")
+    save_steps: int = knob(
+        50, "optimizer steps from one saved state to the next, to resume from after a crash"
+    )
     log_dir: str = knob("logs", "folder of the loss logs, the summary and the pictures")
     save_dir: str = knob("checkpoints", "folder of the adapters, one sub-folder a stage")
-    overwrite: bool = knob(False, "replace the logs and checkpoints of an earlier run")
+    overwrite: bool = knob(
+        False, "start afresh and replace the logs and checkpoints of an earlier run"
+    )
+    dry_run: bool = knob(False, "check everything, print what would be done, and train nothing")
 
     def __post_init__(self):
         """Collects every impossible value and raises once."""
@@ -145,7 +172,7 @@ class BaseConfig:
         at_least_1 = (
             "lora_r lora_alpha kd_batch_size kd_every probe_size_per_task probe_pool_factor "
             "per_device_batch_size gradient_accumulation_steps tokens_per_pass num_epochs "
-            "logging_steps"
+            "logging_steps save_steps"
         )
         at_least_0 = (
             "num_frozen_layers kd_top_k max_train_samples eval_samples_per_task max_steps_per_task "
@@ -287,7 +314,8 @@ def _config_class(name: str) -> type[BaseConfig]:
 def command_line(main):
     """Decorates a script's `main(argv=None)`: returns its exit code.
 
-    0 done; 2 on `UserError`, which prints `error: ...` a line; 130 on Ctrl-C.
+    0 done; 2 on `UserError`, which prints `error: ...` a line, and where the disk fails; 130 on
+    Ctrl-C and 143 on SIGTERM.
     """
 
     @functools.wraps(main)
@@ -297,6 +325,17 @@ def command_line(main):
         except UserError as error:
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
+            return 2
+        except NothingToDo as reason:
+            print(reason)
+        except Stopped as stop:
+            print(f"{stop}; the same command goes on from the last saved step", file=sys.stderr)
+            return stop.exit_code
+        except OSError as error:
+            # A full or read-only disk is the user's to mend; any other fault is ours.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            print(f"error: {error}; the last saved state is whole", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

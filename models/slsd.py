@@ -200,8 +200,11 @@ class ProbeBuffer:
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file."""
-        tensors = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(self.tensors(), path, metadata={"format": "pt"})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields by name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def load(cls, path: str | Path) -> "ProbeBuffer":
@@ -312,6 +315,14 @@ class SLSD:
         for parameter in self.fast_params:
             parameter.grad = None
         return total, tokens
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `restore` needs to go on inside a task."""
+        return self.buffer.tensors() if self.buffer else {}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes the place of `begin_task` where a task goes on."""
+        self.buffer = ProbeBuffer(**tensors) if tensors else None
 
     def end_task(self) -> None:
         """Forgets the buffer."""

@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(2)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--faults", type=int, default=2, help="kills in the fault harness")
+
+
 def make_rows(task: str, number: int) -> list[dict]:
     """Short arithmetic rows; a task has its own wording, so that there is something to learn."""
     words = {"T1": "add", "T2": "sum", "T3": "def", "T4": "call", "T5": "please"}

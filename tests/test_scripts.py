@@ -32,6 +32,12 @@ def errors(capsys):
     return lines
 
 
+def contents(folder):
+    """Bytes and time of change of every file but the locks."""
+    files = (path for path in folder.rglob("[!.]*") if path.is_file())
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
 def command(*argv, **env):
     return subprocess.run(
         [sys.executable, *argv],
@@ -43,26 +49,39 @@ def command(*argv, **env):
     )
 
 
+SETTINGS = (
+    "--use_toy_data --device cpu --num_frozen_layers 2 --lora_r 4 --num_epochs 1 --max_seq_len 64 "
+    "--gradient_accumulation_steps 8 --logging_steps 2 --entropy_threshold 99 --lr_slow 1e-3 "
+    "--probe_size_per_task 4 --holdout_fraction 0.3 --lr_fast 5e-3 "
+    "--lora_target_modules q_proj v_proj"
+)
+SEQUENCE: list[str] = []
+
+
+def flags_of(values: dict) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
 @pytest.fixture(scope="module")
 def sequence(tmp_path_factory, model_folder, data_folder):
     """The real command line, once: five tasks with SLSD on the tiny model."""
     folder = tmp_path_factory.mktemp("run")
-    argv = [
-        *("--model_name", model_folder, "--data_dir", data_folder, "--use_toy_data"),
-        *("--device", "cpu", "--num_frozen_layers", "2", "--lora_r", "4", "--num_epochs", "1"),
-        *("--gradient_accumulation_steps", "8", "--logging_steps", "2", "--max_seq_len", "64"),
-        *("--entropy_threshold", "99", "--probe_size_per_task", "4", "--holdout_fraction", "0.3"),
-        *("--lr_slow", "1e-3", "--lr_fast", "5e-3", "--lora_target_modules", "q_proj", "v_proj"),
-        *("--log_dir", folder / "logs", "--save_dir", folder / "checkpoints"),
-    ]
-    result = command("train_slsd_seq.py", *map(str, argv))
+    where = {
+        "model_name": model_folder,
+        "data_dir": data_folder,
+        "log_dir": folder / "logs",
+        "save_dir": folder / "checkpoints",
+    }
+    SEQUENCE[:] = [*SETTINGS.split(), *flags_of(where)]
+    result = command("train_slsd_seq.py", *SEQUENCE)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
 
 def test_the_sequence_leaves_what_the_contract_says(sequence):
     folder, _ = sequence
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [f"seq_{t}" for t in TASKS]
+    names = sorted(p.name for p in (folder / "checkpoints").glob("[!.]*"))
+    assert names == [*(f"seq_{task}" for task in TASKS), "seq_state"]
     for task in TASKS:
         names = {p.name for p in (folder / "checkpoints" / f"seq_{task}").iterdir()}
         assert names >= {"adapter_model.safetensors", "adapter_config.json", "ds_lora.json"}
@@ -115,14 +134,32 @@ def test_pictures_come_from_the_logs(sequence, capsys):
     assert (folder / "logs" / "seq_eval_loss.png").stat().st_size > 20_000
 
 
-def test_earlier_outputs_are_kept_unless_overwriting_is_asked_for(sequence, flags, capsys):
-    folder, _ = sequence
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    here = {"log_dir": folder / "logs", "save_dir": folder / "checkpoints"}
-    assert train_slsd_seq.main(flags(**here)) == 2
+def test_earlier_outputs_are_kept_unless_overwriting_is_asked_for(flags, tmp_path, capsys):
+    earlier = tmp_path / "checkpoints" / "seq_T1_general" / "adapter_model.safetensors"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("mine")
+    assert train_slsd_seq.main(flags()) == 2
     (line,) = errors(capsys)
     assert "outputs of an earlier run" in line and "--overwrite true" in line
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert earlier.read_text() == "mine" and not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_finished_run_says_so_and_touches_nothing(sequence, flags, capsys):
+    folder, _ = sequence
+    before = {
+        p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("[!.]*") if p.is_file()
+    }
+    here = {"log_dir": folder / "logs", "save_dir": folder / "checkpoints"}
+    assert train_slsd_seq.main([*SEQUENCE, *flags_of(here)]) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert train_slsd_seq.main([*SEQUENCE, *flags_of(here), "--lora_r", "2", "--seed", "1"]) == 2
+    (line,) = errors(capsys)
+    assert "state of another run" in line and "lora_r 4 -> 2, seed 42 -> 1" in line
+    assert "--overwrite true" in line and "another --save_dir" in line
+    after = {
+        p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("[!.]*") if p.is_file()
+    }
+    assert after == before
 
 
 def test_overwriting_replaces_the_run_and_spares_what_is_not_its_own(flags, settings, tmp_path):
@@ -153,8 +190,8 @@ def test_a_single_task_leaves_what_the_contract_says(flags, tmp_path, capsys):
     evaluations = read(tmp_path / "logs" / "single_T2_math_eval_loss.jsonl")
     assert [set(line) for line in evaluations] == [{"task", "epoch", "loss", "tokens"}] * 2
     assert [line["epoch"] for line in evaluations] == [1, 2]
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["single_T2_math_epoch1", "single_T2_math_epoch2"]
+    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("[!.]*"))
+    assert names == [f"single_T2_math_{name}" for name in ("epoch1", "epoch2", "state")]
     assert plot_loss.main(["single", "T2_math", "--log_dir", str(tmp_path / "logs")]) == 0
     assert (tmp_path / "logs" / "single_T2_math_train_loss.png").stat().st_size > 10_000
 

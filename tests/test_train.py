@@ -14,23 +14,16 @@ from conftest import inject, make_model, make_rows, randomise
 import train_slsd_seq
 from configs.base_config import UserError
 from models.ds_lora import branch_parameters, get_ds_lora_param_groups, load_adapter
-from utils_checkpoint import JsonlLog, save_checkpoint
-from utils_data import make_passes, prepare_task
-from utils_train import (
-    Session,
-    clip_grad_norm,
-    count_steps,
-    enable_checkpointing,
-    evaluate_loss,
-    lr_multiplier,
-    train_task,
-)
+from utils_checkpoint import JsonlLog, RunState, save_checkpoint
+from utils_data import prepare_task
+from utils_session import Session, StopSignals, count_steps, enable_checkpointing
+from utils_train import clip_grad_norm, evaluate_loss, lr_multiplier, train_task
 
 TASK = "T2_math"
 
 
 @pytest.fixture
-def make_session(make_config, tokenizer):
+def make_session(make_config, tokenizer, tmp_path):
     """Builds a session on the tiny model, both branches random, with some fields changed."""
 
     def build(checkpointing=False, new=False, **changes):
@@ -44,11 +37,10 @@ def make_session(make_config, tokenizer):
             task: prepare_task(cfg, tokenizer, task, make_rows(task, 30)) for task in cfg.task_order
         }
 
-        def passes(samples):
-            return make_passes(samples, cfg.tokens_per_pass, tokenizer.pad_token_id, "cpu")
-
+        state, base = RunState(tmp_path / "state"), {"base_model": "tiny"}
         device = torch.device("cpu")
-        return cfg, Session(model, tokenizer, device, data, passes, {"base_model": "tiny"})
+        session = Session(cfg, model, tokenizer, device, data, base, state, {}, StopSignals())
+        return cfg, session
 
     return build
 
@@ -177,19 +169,14 @@ def test_each_branch_moves_by_its_own_rate(make_session, tmp_path):
     cfg, session = make_session(
         max_steps_per_task=1, lr_slow=1e-4, lr_fast=3e-3, weight_decay=0.0, warmup_ratio=0.0
     )
+    before = {branch: values(session.model, branch) for branch in ("slow", "fast")}
+    run(cfg, session, tmp_path)
     for branch, rate in (("slow", 1e-4), ("fast", 3e-3)):
-        before = values(session.model, branch)
-        session_before = copy.deepcopy(session)
-        run(cfg, session_before, tmp_path)
-        moves = [
-            (new - old).abs()
-            for old, new in zip(before, values(session_before.model, branch), strict=True)
-        ]
+        pairs = zip(before[branch], values(session.model, branch), strict=True)
+        moves = torch.cat([(new - old).abs().flatten() for old, new in pairs])
         # Adam's first step is the rate itself wherever the gradient is not tiny.
-        assert max(m.max() for m in moves).item() == pytest.approx(rate, rel=0.01)
-        assert torch.cat([m.flatten() for m in moves]).median().item() == pytest.approx(
-            rate, rel=0.1
-        )
+        assert moves.max().item() == pytest.approx(rate, rel=0.01)
+        assert moves.median().item() == pytest.approx(rate, rel=0.1)
 
 
 def test_schedules():

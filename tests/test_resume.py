@@ -1,0 +1,389 @@
+"""A run outlives kills, signals and damaged files, and ends as if nothing had happened."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_scripts import contents, errors, read
+
+import train_single_task
+import train_slsd_seq
+import utils_checkpoint
+import utils_session
+from utils_checkpoint import JsonlLog, RunState, run_lock
+
+CLOCK = ("tokens_per_second", "train_seconds", "evaluate_seconds", "log_dir", "save_dir")
+# Dropout on, KD on, several passes a step and a partial last step in each task; a state falls
+# between two log lines.
+HARD = {"lora_dropout": 0.1, "tokens_per_pass": 64, "logging_steps": 2, "save_steps": 1}
+HARD |= {"num_epochs": 2, "per_device_batch_size": 1}
+
+
+def without_clock(value):
+    if isinstance(value, dict):
+        return {k: without_clock(v) for k, v in value.items() if k not in CLOCK}
+    return value
+
+
+def outcome(folder: Path) -> dict:
+    """Everything a run leaves but the clock: adapters as bytes, logs and summary as values."""
+    found = {}
+    for path in sorted(folder.rglob("[!.]*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or "_state/" in name:
+            continue
+        if path.suffix == ".jsonl":
+            found[name] = [without_clock(line) for line in read(path)]
+        elif name.endswith("summary.json"):
+            found[name] = without_clock(json.loads(path.read_text()))
+        else:
+            found[name] = path.read_bytes()
+    left = [p for p in folder.rglob(".*") if p.name not in (".seq.lock", ".single_T2_math.lock")]
+    assert not left, left
+    return found
+
+
+@pytest.fixture
+def seq_flags(flags, tmp_path):
+    """Command line of a hard run in a folder of its own."""
+
+    def build(name, **changes):
+        here = {"log_dir": tmp_path / name / "logs", "save_dir": tmp_path / name / "checkpoints"}
+        tasks = {"task_order": ["T1_general", "T2_math", "T3_code"]}
+        return flags(**{**HARD, **tasks, **here, **changes})
+
+    return build
+
+
+@pytest.fixture
+def uninterrupted(seq_flags, tmp_path):
+    assert train_slsd_seq.main(seq_flags("whole")) == 0
+    return outcome(tmp_path / "whole")
+
+
+class Killed(BaseException):
+    """Nothing in the program catches this."""
+
+
+def fail_at(monkeypatch, module, name, number, error=Killed):
+    """Makes the `number`-th call of module.name fail, from 0."""
+    original, calls = getattr(module, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number + 1:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, failing)
+    return calls
+
+
+def kill_and_resume(argv, number, monkeypatch):
+    """Dies at the `number`-th write, then runs to the end; False where there are fewer writes."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, utils_checkpoint.os, "fsync", number)
+        try:
+            assert train_slsd_seq.main(argv) == 0
+            return False
+        except Killed:
+            pass
+    assert train_slsd_seq.main(argv) == 0
+    return True
+
+
+@pytest.mark.parametrize("number", [0, 3, 20, 62, 125, 200])
+def test_a_run_that_dies_at_a_write_and_goes_on_is_the_uninterrupted_one(
+    seq_flags, uninterrupted, tmp_path, monkeypatch, number
+):
+    assert kill_and_resume(seq_flags("cut"), number, monkeypatch)
+    assert outcome(tmp_path / "cut") == uninterrupted
+
+
+@pytest.mark.parametrize("number", [0, 4, 17, 33, 50])
+def test_a_run_that_dies_in_a_forward_pass_goes_on_as_well(
+    seq_flags, uninterrupted, tmp_path, monkeypatch, number
+):
+    with monkeypatch.context() as patch:
+        fail_at(patch, utils_session, "make_passes", number)
+        with pytest.raises(Killed):
+            train_slsd_seq.main(seq_flags("cut"))
+    assert train_slsd_seq.main(seq_flags("cut")) == 0
+    assert outcome(tmp_path / "cut") == uninterrupted
+
+
+def test_a_single_task_goes_on(flags, tmp_path, monkeypatch):
+    def argv(name):
+        here = {"log_dir": tmp_path / name / "logs", "save_dir": tmp_path / name / "checkpoints"}
+        return ["--task", "T2_math", *flags(**HARD, **here)]
+
+    assert train_single_task.main(argv("whole")) == 0
+    with monkeypatch.context() as patch:
+        fail_at(patch, utils_session, "make_passes", 6)
+        with pytest.raises(Killed):
+            train_single_task.main(argv("cut"))
+    assert train_single_task.main(argv("cut")) == 0
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_fields_that_do_not_change_results_may_change(
+    seq_flags, uninterrupted, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        fail_at(patch, utils_session, "make_passes", 30)
+        with pytest.raises(Killed):
+            train_slsd_seq.main(seq_flags("cut"))
+    assert train_slsd_seq.main(seq_flags("cut", save_steps=7)) == 0
+    cut = outcome(tmp_path / "cut")
+    for name, value in uninterrupted.items():
+        assert name.endswith("summary.json") or cut[name] == value
+
+
+def test_other_data_another_base_and_another_config_are_refused(
+    seq_flags, tmp_path, monkeypatch, capsys, data_folder, model_folder
+):
+    with monkeypatch.context() as patch:
+        fail_at(patch, utils_session, "make_passes", 30)
+        with pytest.raises(Killed):
+            train_slsd_seq.main(seq_flags("cut"))
+    before = contents(tmp_path / "cut")
+    data, model = tmp_path / "data", tmp_path / "model"
+    shutil.copytree(data_folder, data)
+    with open(data / "T2_math.jsonl", "a") as file:
+        file.write('{"instruction": "new", "input": "", "output": "row"}\n')
+    shutil.copytree(model_folder, model)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    for change, named in (
+        ({"data_dir": data}, "another data of T2_math"),
+        ({"model_name": model}, "weights"),
+        ({"kd_lambda": 0.5}, "kd_lambda 1.0 -> 0.5"),
+    ):
+        capsys.readouterr()
+        assert train_slsd_seq.main(seq_flags("cut", **change)) == 2
+        (line,) = errors(capsys)
+        assert named in line and "--overwrite true" in line
+        assert contents(tmp_path / "cut") == before
+
+
+def damage_newest(state: Path, how: str) -> Path:
+    newest = sorted(state.glob("state-*"))[-1]
+    for file in sorted(newest.iterdir()):
+        whole = file.read_bytes()
+        if how == "truncated":
+            file.write_bytes(whole[: len(whole) // 2])
+        elif how == "flipped":
+            middle = len(whole) // 2
+            file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        else:
+            file.unlink()
+        return newest
+    raise AssertionError("an empty state")
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_a_damaged_state_is_named_and_the_one_before_it_used(
+    seq_flags, uninterrupted, tmp_path, monkeypatch, capsys, how
+):
+    with monkeypatch.context() as patch:
+        fail_at(patch, utils_session, "make_passes", 30)
+        with pytest.raises(Killed):
+            train_slsd_seq.main(seq_flags("cut"))
+    newest = damage_newest(tmp_path / "cut" / "checkpoints" / "seq_state", how)
+    assert train_slsd_seq.main(seq_flags("cut")) == 0
+    assert f"{newest.name} is damaged" in capsys.readouterr().err
+    assert outcome(tmp_path / "cut") == uninterrupted
+
+
+def test_no_whole_state_is_an_error_and_never_a_fresh_start(
+    seq_flags, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        fail_at(patch, utils_session, "make_passes", 30)
+        with pytest.raises(Killed):
+            train_slsd_seq.main(seq_flags("cut"))
+    for state in (tmp_path / "cut" / "checkpoints" / "seq_state").glob("state-*"):
+        (state / "manifest.json").write_text("{}")
+    before = contents(tmp_path / "cut")
+    capsys.readouterr()
+    assert train_slsd_seq.main(seq_flags("cut")) == 2
+    assert "none of 2 saved states is whole" in capsys.readouterr().err
+    assert contents(tmp_path / "cut") == before
+
+
+def test_every_byte_of_a_state_is_guarded(tmp_path):
+    state = RunState(tmp_path)
+    state.save({"position": 1}, {"branches": {"a": torch.arange(6.0)}})
+    (folder,) = state.found()
+    for file in folder.iterdir():
+        whole = file.read_bytes()
+        for i in range(len(whole)):
+            file.write_bytes(whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1 :])
+            with pytest.raises((ValueError, KeyError)):
+                RunState._read(folder)
+        for i in range(0, len(whole), 7):
+            file.write_bytes(whole[:i])
+            with pytest.raises((ValueError, KeyError)):
+                RunState._read(folder)
+        file.write_bytes(whole)
+    facts, parts = state.load()
+    assert facts == {"position": 1} and torch.equal(parts["branches"]["a"], torch.arange(6.0))
+
+
+@pytest.mark.parametrize("number", [0, 5, 60])
+def test_a_full_disk_is_one_line_and_leaves_a_whole_state(
+    seq_flags, uninterrupted, tmp_path, monkeypatch, capsys, number
+):
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        fail_at(patch, utils_checkpoint.os, "fsync", number, full)
+        assert train_slsd_seq.main(seq_flags("cut")) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert train_slsd_seq.main(seq_flags("cut")) == 0
+    assert outcome(tmp_path / "cut") == uninterrupted
+
+
+def test_too_little_space_and_a_read_only_folder_are_found_before_training(
+    seq_flags, tmp_path, monkeypatch, capsys
+):
+    usage = shutil._ntuple_diskusage(100, 99, 1)
+    monkeypatch.setattr(utils_session.shutil, "disk_usage", lambda _: usage)
+    assert train_slsd_seq.main(seq_flags("cut")) == 2
+    assert "make room" in errors(capsys)[0]
+    (tmp_path / "file").write_text("")
+    assert train_slsd_seq.main(seq_flags("cut", save_dir=tmp_path / "file" / "x")) == 2
+    assert "cannot be written" in errors(capsys)[0]
+
+
+def test_one_run_a_folder(seq_flags, tmp_path, capsys):
+    here = str(tmp_path / "cut" / "logs")
+    with run_lock([here], "seq"):
+        assert train_slsd_seq.main(seq_flags("cut")) == 2
+    (line,) = errors(capsys)
+    assert "another run is at work there" in line
+    with run_lock([here], "seq"), run_lock([here], "single_T2_math"):
+        pass
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    seq_flags, uninterrupted, tmp_path, monkeypatch, capsys, number, code
+):
+    original, calls = utils_session.make_passes, []
+
+    def signalling(*args):
+        calls.append(1)
+        if len(calls) == 25:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils_session, "make_passes", signalling)
+        assert train_slsd_seq.main(seq_flags("cut", save_steps=1000)) == code
+    assert "the same command goes on" in capsys.readouterr().err
+    assert train_slsd_seq.main(seq_flags("cut", save_steps=1000)) == 0
+    cut = outcome(tmp_path / "cut")
+    for name, value in uninterrupted.items():
+        assert name.endswith("summary.json") or cut[name] == value
+
+
+def test_out_of_memory_halves_the_passes_and_repeats_the_step(
+    seq_flags, tmp_path, monkeypatch, capsys
+):
+    original = utils_session.make_passes
+
+    def limited(samples, tokens_per_pass, *rest):
+        for indices, batch in original(samples, tokens_per_pass, *rest):
+            yield indices, batch
+            if batch["input_ids"].numel() > 60 and len(indices) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(utils_session, "make_passes", limited)
+    changes = {"lora_dropout": 0.0, "task_order": ["T2_math"], "save_steps": 1}
+    assert train_slsd_seq.main(seq_flags("small", **changes, tokens_per_pass=200)) == 0
+    printed = capsys.readouterr().out
+    assert "going on with --tokens_per_pass 100" in printed
+    assert "going on with --tokens_per_pass 50" in printed
+    assert train_slsd_seq.main(seq_flags("direct", **changes, tokens_per_pass=50)) == 0
+    name = "logs/seq_train_loss.jsonl"
+    assert outcome(tmp_path / "small")[name] == outcome(tmp_path / "direct")[name]
+
+
+def test_one_sample_that_is_too_much_is_an_error_with_its_cures(seq_flags, monkeypatch, capsys):
+    def failing(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    monkeypatch.setattr(utils_session, "make_passes", failing)
+    assert train_slsd_seq.main(seq_flags("cut")) == 2
+    assert "--max_seq_len" in errors(capsys)[0]
+
+
+@pytest.mark.parametrize("script", [train_slsd_seq, train_single_task])
+def test_a_dry_run_tells_and_writes_nothing(script, seq_flags, tmp_path, capsys):
+    argv = ["--task", "T2_math"] if script is train_single_task else []
+    assert script.main([*argv, *seq_flags("dry"), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "T2_math: 24 samples to train on, 6 held out" in printed
+    assert "T2_math: 12 optimizer steps" in printed
+    assert "1,792 trainable parameters, 51,488 frozen" in printed
+    assert "GiB of cpu memory" in printed and "MiB of disk" in printed
+    assert not contents(tmp_path / "dry")
+
+
+def test_a_dry_run_tells_what_would_be_resumed(seq_flags, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        fail_at(patch, utils_session, "make_passes", 30)
+        with pytest.raises(Killed):
+            train_slsd_seq.main(seq_flags("cut"))
+    before = contents(tmp_path / "cut")
+    assert train_slsd_seq.main(seq_flags("cut", dry_run=True)) == 0
+    assert "a saved state would be resumed" in capsys.readouterr().out
+    assert contents(tmp_path / "cut") == before
+
+
+def test_a_log_that_lost_lines_is_an_error(tmp_path):
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    with pytest.raises(utils_checkpoint.UserError, match="has 3 bytes.*counts on 9"):
+        JsonlLog(tmp_path / "log.jsonl", size=9)
+
+
+def test_kill_minus_nine_at_random_moments(seq_flags, uninterrupted, tmp_path, request):
+    """The real command line; `--faults N` kills it N times and more."""
+    argv = [sys.executable, "train_slsd_seq.py", *map(str, seq_flags("cut"))]
+    wanted, kills, moment = request.config.getoption("--faults"), 0, random.Random(0)
+    runs = 0
+    while True:
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # Past the imports, where there is nothing to lose.
+        time.sleep(moment.uniform(1.5, 6.0) if kills < wanted else 0)
+        if kills < wanted and process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err.decode()
+        assert outcome(tmp_path / "cut") == uninterrupted
+        runs += 1
+        if kills >= wanted:
+            break
+        shutil.rmtree(tmp_path / "cut")
+    print(f"{kills} kills, {runs} runs, 0 differences")
+
+
+def test_states_are_kept_two_deep(tmp_path):
+    state = RunState(tmp_path)
+    for i in range(4):
+        state.save({"position": i}, {})
+    assert len(state.found()) == 2 and state.load()[0] == {"position": 3}
