@@ -50,9 +50,9 @@ class PrepareConfig:
         problems = []
         if not self.tasks or not set(self.tasks) <= set(TASKS):
             problems.append(f"--tasks: give some of {', '.join(TASKS)}")
-        for name in ("max_samples_per_task", "max_chars", "toy_samples"):
-            if getattr(self, name) < 0:
-                problems.append(f"--{name} {getattr(self, name)}: give 0 or a positive number")
+        for name, least in (("max_samples_per_task", 0), ("max_chars", 0), ("toy_samples", 1)):
+            if getattr(self, name) < least:
+                problems.append(f"--{name} {getattr(self, name)}: give {least} or more")
         if self.toy and not self.toy_dir:
             problems.append("--toy needs --toy_dir, the folder that gets the files")
         if self.raw_dir and not Path(self.raw_dir).is_dir():
@@ -70,7 +70,7 @@ class Drop(Exception):
 
 
 class WrongShape(Drop):
-    """A row that is not as its source documents it."""
+    """A row that its source should not hold; a set with mostly such rows is not the one meant."""
 
 
 @dataclass
@@ -87,9 +87,9 @@ class Sample:
         # A leading-space strip would break indented code.
         self.output = self.output.lstrip("\r\n").rstrip()
         if not self.instruction:
-            raise Drop("empty instruction")
+            raise WrongShape("empty instruction")
         if not self.output:
-            raise Drop("empty output")
+            raise WrongShape("empty output")
         if self.key is None:
             self.key = self.instruction, self.input
 
@@ -108,8 +108,9 @@ def texts(row: dict, *columns: str) -> list[str]:
 def convert_alpaca(row: dict) -> Sample:
     """tatsu-lab/alpaca and sahil2801/CodeAlpaca-20k; many spellings of "no input" become ""."""
     instruction, given, output = texts(row, "instruction", "input", "output")
-    # "No input", "<noinput>", "`< noinput >`.", "No input required.", "N/A" ...
-    if re.fullmatch(r"\W*(no\s?inputs?( needed| required)?|none|n/a)?\W*", given, re.IGNORECASE):
+    # "No input", "<noinput>", "`< noinput >`.", "No input required.", "N/A" ... Signs alone stay:
+    # they are Morse code, brackets to balance, an operator to classify.
+    if re.fullmatch(r"\W*(no[\s_-]?inputs?( \w+ed)?|none|n/a)\W*", given, re.IGNORECASE):
         given = ""
     return Sample(instruction, given, output)
 
@@ -117,9 +118,9 @@ def convert_alpaca(row: dict) -> Sample:
 def convert_dolly(row: dict) -> Sample:
     """databricks/databricks-dolly-15k: context is the input; Wikipedia's citation marks go."""
     instruction, context, response = texts(row, "instruction", "context", "response")
-    # This takes a subscript such as x[3] too, but dolly has hundreds of marks and hardly any code.
+    # This takes x[3] too, but not x[0]: dolly has many marks, from 1 on, and hardly any code.
     context, response = (
-        re.sub(r"(?<=[\w.,;:)\"'])(\[\d+\])+", "", text) for text in (context, response)
+        re.sub(r"(?<=[\w.,;:)\"'])(\[[1-9]\d*\])+", "", text) for text in (context, response)
     )
     return Sample(instruction, context, response)
 
@@ -145,17 +146,24 @@ def tool_sample(request: str, tools, calls, history: str = "") -> Sample:
         raise WrongShape("tools or calls are no list")
     if not calls:
         raise Drop("no call")
-    names = {tool.get("name") for tool in tools if isinstance(tool, dict)}
+    names = [tool.get("name") for tool in tools if isinstance(tool, dict)]
     output = []
     for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("arguments"), dict):
-            raise WrongShape("call is not readable")
-        if call.get("name") not in names:
-            raise Drop("call of a function that is not offered")
-        output.append({"name": call["name"], "arguments": call["arguments"]})
-    schemas = json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
-    given = f"{TOOL_LINE}\n{schemas}" + (f"\n\n{history}" if history else "")
-    return Sample(request, given, json.dumps(output, ensure_ascii=False))
+        match call:
+            case {"name": str(name), "arguments": dict(arguments)}:
+                output.append({"name": name, "arguments": arguments})
+            case _:
+                raise WrongShape("call is not readable")
+        if name not in names:
+            raise WrongShape("call of a function that is not offered")
+    try:
+        schemas = json.dumps(tools, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        answer = json.dumps(output, ensure_ascii=False, allow_nan=False)
+        # An escape such as \ud83d alone decodes to what no UTF-8 file can hold.
+        (schemas + answer).encode()
+    except ValueError:
+        raise WrongShape("tools or calls are no JSON") from None
+    return Sample(request, f"{TOOL_LINE}\n{schemas}\n\n{history}", answer)
 
 
 def convert_xlam(row: dict) -> Sample:
@@ -163,7 +171,7 @@ def convert_xlam(row: dict) -> Sample:
     query, answers, tools = texts(row, "query", "answers", "tools")
     try:
         return tool_sample(query, json.loads(tools), json.loads(answers))
-    except json.JSONDecodeError:
+    except ValueError:
         raise WrongShape("tools or calls are no JSON") from None
 
 
@@ -199,7 +207,7 @@ def glaive_schemas(system: str) -> list[dict]:
             schema, end = decoder.raw_decode(system, position)
             schemas.append(schema)
             position = system.find("{", end)
-    except json.JSONDecodeError:
+    except ValueError:
         raise WrongShape("schemas are not readable") from None
     return schemas
 
@@ -216,7 +224,7 @@ def glaive_call(text: str) -> dict:
         arguments = arguments[1:-1].replace("\\'", "'")
     try:
         return {"name": name, "arguments": json.loads(arguments)}
-    except json.JSONDecodeError:
+    except ValueError:
         raise WrongShape("call is not readable") from None
 
 
@@ -233,13 +241,13 @@ def convert_hh(row: dict) -> Sample:
     if not mark or turns[0].strip() or not roles:
         raise WrongShape("no dialogue")
     if roles != ["Human", "Assistant"] * (len(roles) // 2) + ["Human"]:
-        raise Drop("turns do not alternate")
+        raise WrongShape("turns do not alternate")
+    if not all(said):
+        raise WrongShape("empty turn")
     if "\n\nHuman:" in reply or " Human: " in reply:
-        raise Drop("made-up turn in the reply")
-    history = "\n\n".join(
-        f"{role}: {text}" for role, text in zip(roles[:-1], said[:-1], strict=True)
-    )
-    return Sample(said[-1], history, reply.lstrip(), key=said[0].casefold())
+        raise WrongShape("made-up turn in the reply")
+    spoken = [f"{role}: {text}" for role, text in zip(roles, said, strict=True)]
+    return Sample(said[-1], "\n\n".join(spoken[:-1]), reply.lstrip(), key=said[0].casefold())
 
 
 @dataclass
@@ -265,12 +273,9 @@ class Source:
         try:
             # A cache of its own for a local folder: datasets would not see that a file has changed.
             with tempfile.TemporaryDirectory() as fresh:
+                cache = fresh if place == "raw" else None
                 rows = load_dataset(
-                    where,
-                    self.config,
-                    data_dir=self.data_dir,
-                    split="train",
-                    cache_dir=fresh if place == "raw" else None,
+                    where, self.config, data_dir=self.data_dir, split="train", cache_dir=cache
                 )
                 return rows.to_list(), place
         except (OSError, ValueError, DatasetsError) as error:
@@ -285,22 +290,18 @@ class Source:
             raise UserError(f"{self.hub_id} cannot be read ({reason}): {cure}") from error
 
 
-def sources(cfg: PrepareConfig, task: str) -> list[Source]:
-    """The sets that make up `task`."""
-    tools = {
-        "glaive": Source("glaiveai/glaive-function-calling-v2", convert_glaive),
-        "xlam": Source("Salesforce/xlam-function-calling-60k", convert_xlam, "dataset"),
-    }
-    return {
-        "T1_general": [
-            Source("tatsu-lab/alpaca", convert_alpaca),
-            Source("databricks/databricks-dolly-15k", convert_dolly),
-        ],
-        "T2_math": [Source("openai/gsm8k", convert_gsm8k, "main")],
-        "T3_code": [Source("sahil2801/CodeAlpaca-20k", convert_alpaca)],
-        "T4_tool": [tools[cfg.tool_dataset]],
-        "T5_safety": [Source("Anthropic/hh-rlhf", convert_hh, data_dir="harmless-base")],
-    }[task]
+SOURCES = {
+    "T1_general": [
+        Source("tatsu-lab/alpaca", convert_alpaca),
+        Source("databricks/databricks-dolly-15k", convert_dolly),
+    ],
+    "T2_math": [Source("openai/gsm8k", convert_gsm8k, "main")],
+    "T3_code": [Source("sahil2801/CodeAlpaca-20k", convert_alpaca)],
+    # T4_tool is one of these, see tool_dataset.
+    "glaive": [Source("glaiveai/glaive-function-calling-v2", convert_glaive)],
+    "xlam": [Source("Salesforce/xlam-function-calling-60k", convert_xlam, "dataset")],
+    "T5_safety": [Source("Anthropic/hh-rlhf", convert_hh, data_dir="harmless-base")],
+}
 
 
 def prepare(cfg: PrepareConfig, task: str, taken: set) -> dict:
@@ -309,7 +310,7 @@ def prepare(cfg: PrepareConfig, task: str, taken: set) -> dict:
     `taken` holds the (instruction, input) of another task's rows, which are dropped here.
     """
     rows, origin = [], {}
-    for source in sources(cfg, task):
+    for source in SOURCES[cfg.tool_dataset if task == "T4_tool" else task]:
         loaded, origin[source.hub_id] = source.load(cfg.raw_dir)
         rows += [(source.convert, row) for row in loaded]
     # All sources in one shuffle: any first part of it holds them in proportion.
@@ -353,36 +354,37 @@ def prepare(cfg: PrepareConfig, task: str, taken: set) -> dict:
 
 def refuse_existing(paths: list[Path], overwrite: bool) -> None:
     """Raises `UserError` for every file that would be replaced without leave."""
-    found = [path for path in paths if path.exists()]
+    found = [f"{path} exists: give --overwrite to replace it" for path in paths if path.exists()]
     if found and not overwrite:
-        raise UserError(
-            "\n".join(f"{path} exists: give --overwrite to replace it" for path in found)
-        )
+        raise UserError("\n".join(found))
 
 
 def prepare_full(cfg: PrepareConfig) -> None:
     """Writes data/full/ and its manifest; a source that fails leaves the other tasks whole."""
     refuse_existing([cfg.path(task) for task in cfg.tasks], cfg.overwrite)
     manifest_path = Path(cfg.data_dir) / "full" / "manifest.json"
-    manifest = json.loads(manifest_path.read_text("utf-8")) if manifest_path.exists() else {}
-    problems, pending = [], [task for task in TASKS if task in cfg.tasks]
-    while pending:
-        task = pending.pop(0)
+    try:
+        manifest = dict(json.loads(manifest_path.read_text("utf-8")))
+    except FileNotFoundError:
+        manifest = {}
+    except (ValueError, TypeError):
+        raise UserError(f"{manifest_path} is no manifest: remove it, it is written anew") from None
+    print(f"{'task':<11}{'read':>9}{'dropped':>9}{'written':>9}  reasons")
+    problems, asked = [], [task for task in TASKS if task in cfg.tasks]
+    for number, task in enumerate(asked, 1):
         other = OVERLAPPING.get(task)
-        taken = set()
-        if other and other not in pending and cfg.path(other).exists():
-            taken = {(row["instruction"], row["input"]) for row in read_jsonl(cfg.path(other))}
         try:
+            taken = set()
+            if other and other not in asked[number:] and cfg.path(other).exists():
+                taken = {(row["instruction"], row["input"]) for row in read_jsonl(cfg.path(other))}
             manifest[task] = prepare(cfg, task, taken)
         except UserError as error:
             problems.append(str(error))
             continue
         write_json(manifest_path, {name: manifest[name] for name in TASKS if name in manifest})
-        entry = manifest[task]
-        reasons = ", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items())
-        print(
-            f"{task:<11}{entry['rows_read']:>8} rows read {entry['written']:>8} written  {reasons}"
-        )
+        read, written, dropped = map(manifest[task].get, ("rows_read", "written", "dropped"))
+        reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+        print(f"{task:<11}{read:>9}{read - written:>9}{written:>9}  {reasons}".rstrip())
     if problems:
         raise UserError("\n".join(problems))
 
@@ -391,8 +393,8 @@ def sample_toy(cfg: PrepareConfig) -> None:
     """Samples short rows of data/full/ into `cfg.toy_dir`."""
     targets = {task: Path(cfg.toy_dir) / f"{task}.jsonl" for task in cfg.tasks}
     refuse_existing(list(targets.values()), cfg.overwrite)
-    for task, target in targets.items():
-        rows = read_jsonl(cfg.path(task))
+    full = [(target, task, read_jsonl(cfg.path(task))) for task, target in targets.items()]
+    for target, task, rows in full:
         short = [row for row in rows if sum(map(len, row.values())) < TOY_CHARS]
         if len(short) < cfg.toy_samples:
             short = sorted(rows, key=lambda row: sum(map(len, row.values())))[: cfg.toy_samples]
@@ -405,7 +407,10 @@ def sample_toy(cfg: PrepareConfig) -> None:
 @command_line
 def main(argv=None):
     (cfg,) = parse_dataclasses(argv, PrepareConfig, description=__doc__)
-    sample_toy(cfg) if cfg.toy else prepare_full(cfg)
+    try:
+        sample_toy(cfg) if cfg.toy else prepare_full(cfg)
+    except OSError as error:
+        raise UserError(f"{error}: give a folder with room that may be written") from error
 
 
 if __name__ == "__main__":

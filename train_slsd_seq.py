@@ -36,10 +36,8 @@ def main(argv=None):
             evaluate("base", tasks)
             session.position = {"stages_done": 0, "stages": {}}
             session.save()
-        for t, task in enumerate(
-            tasks[session.position["stages_done"] :], session.position["stages_done"]
-        ):
-            start = time.perf_counter()
+        for t in range(session.position["stages_done"], len(tasks)):
+            task, start = tasks[t], time.perf_counter()
             probes = train_one_task_with_slsd(cfg, session, task, train_log, slsd if t else None)
             trained = time.perf_counter()
             path = f"{cfg.save_dir}/seq_{task}"

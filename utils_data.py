@@ -33,7 +33,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, str]]:
                     row = json.loads(text) if text.strip() else None
                 except UnicodeDecodeError:
                     raise UserError(f"{where}: not UTF-8; save the file as UTF-8") from None
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(
                         f"{where}: not a JSON object ({error}); mend the line"
                     ) from None
@@ -49,6 +49,11 @@ def read_jsonl(path: str | Path) -> list[dict[str, str]]:
                     if not isinstance(row[key], str):
                         kind = type(row[key]).__name__
                         raise UserError(f"{where}: {key!r} is {kind}, not text; mend the line")
+                    try:
+                        row[key].encode("utf-8")
+                    except UnicodeEncodeError:
+                        fault = "holds half a surrogate pair; mend the line"
+                        raise UserError(f"{where}: {key!r} {fault}") from None
                 rows.append({key: row[key] for key in KEYS})
     except FileNotFoundError:
         raise UserError(

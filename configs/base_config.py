@@ -11,7 +11,7 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -48,6 +48,23 @@ def knob(default, help: str):
     if callable(default):
         return field(default_factory=default, metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def wrong_types(config) -> list[str]:
+    """A line for every field of the dataclass instance that is not of its declared type."""
+    problems = []
+    for name, declared in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(declared) is Literal:
+            if value not in get_args(declared):
+                problems.append(f"{name} is {value!r}: give {', '.join(get_args(declared))}")
+        elif declared == list[str]:
+            if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+                problems.append(f"{name} is {value!r}: give a list of names")
+        # Python counts True as an int and not 1 as a float.
+        elif type(value) is not declared and not (declared is float and type(value) is int):
+            problems.append(f"{name} is {value!r}: give a value of type {declared.__name__}")
+    return problems
 
 
 @dataclass
@@ -162,7 +179,9 @@ class BaseConfig:
 
     def __post_init__(self):
         """Collects every impossible value and raises once."""
-        problems = []
+        problems = wrong_types(self)
+        if problems:
+            raise UserError("\n".join(problems))
 
         def need(condition, names: str, what: str):
             if not condition:

@@ -10,6 +10,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -21,7 +22,20 @@ torch.set_num_threads(2)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults", type=int, default=2, help="kills in the fault harness")
+    parser.addoption(
+        "--faults",
+        type=int,
+        default=2,
+        help="kills in the fault harness; from 50 on, longer fuzzing",
+    )
+
+
+def pytest_configure(config):
+    examples = 2000 if config.getoption("--faults") >= 50 else 200
+    settings.register_profile(
+        "ours", max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    settings.load_profile("ours")
 
 
 def make_rows(task: str, number: int) -> list[dict]:
@@ -64,7 +78,7 @@ def tokenizer():
 def make_model(**overrides) -> LlamaForCausalLM:
     """4 layers, 32 wide, always the same random weights, fp32."""
     torch.manual_seed(0)
-    settings = {
+    sizes = {
         "vocab_size": 320,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -77,12 +91,12 @@ def make_model(**overrides) -> LlamaForCausalLM:
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).eval()
 
 
 def inject(model, frozen=2, **changes):
-    settings = {"r": 4, "alpha": 8, "dropout": 0.0, "num_frozen_layers": frozen}
-    return replace_with_ds_lora(model, ("q_proj", "v_proj"), **{**settings, **changes})
+    options = {"r": 4, "alpha": 8, "dropout": 0.0, "num_frozen_layers": frozen}
+    return replace_with_ds_lora(model, ("q_proj", "v_proj"), **{**options, **changes})
 
 
 @torch.no_grad()
@@ -112,7 +126,7 @@ def data_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def settings(model_folder, data_folder, tmp_path) -> dict:
+def run_settings(model_folder, data_folder, tmp_path) -> dict:
     """Fields of a run on the tiny model that takes a second or two."""
     return {
         "model_name": str(model_folder),
@@ -139,18 +153,18 @@ def settings(model_folder, data_folder, tmp_path) -> dict:
 
 
 @pytest.fixture
-def make_config(settings):
+def make_config(run_settings):
     """Builds the tiny run's configuration with some fields changed."""
-    return lambda **changes: BaseConfig(**{**settings, **changes})
+    return lambda **changes: BaseConfig(**{**run_settings, **changes})
 
 
 @pytest.fixture
-def flags(settings):
+def flags(run_settings):
     """Builds the tiny run's command line with some fields changed."""
 
     def build(**changes) -> list[str]:
         argv = []
-        for name, value in {**settings, **changes}.items():
+        for name, value in {**run_settings, **changes}.items():
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         return argv
 

@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import stat
 from importlib.util import find_spec
 
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
+from safetensors.torch import load, save_file
 
 import utils_model
 from configs.base_config import UserError
 from utils_model import (
     check_model,
     describe_base,
+    load_model,
     load_model_and_tokenizer,
     select_device,
 )
@@ -140,6 +143,44 @@ def test_a_model_too_small_for_the_settings_is_refused_before_it_is_loaded(make_
     layers, positions = str(caught.value).splitlines()
     assert "--num_frozen_layers 4: give 0 to 3" in layers
     assert "--max_seq_len 257: give at most 256" in positions
+
+
+def test_a_folder_that_lacks_a_part_or_is_no_causal_model_is_one_line(
+    make_config, model_folder, tmp_path
+):
+    def without(*names, name="model"):
+        folder = tmp_path / name
+        shutil.copytree(model_folder, folder)
+        for file in names:
+            (folder / file).unlink()
+        return make_config(model_name=str(folder))
+
+    for number, (names, named) in enumerate(
+        [
+            (["model.safetensors"], "model.safetensors"),
+            (["tokenizer.json", "tokenizer_config.json"], "tokenizer"),
+        ]
+    ):
+        with pytest.raises(UserError, match=named) as caught:
+            load_model_and_tokenizer(without(*names, name=str(number)), CPU)
+        assert "\n" not in str(caught.value)
+
+    cfg = without(name="classifier")
+    config = json.loads((tmp_path / "classifier" / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (tmp_path / "classifier" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is no causal language model"):
+        check_model(cfg)
+
+
+def test_missing_weights_are_never_made_up(make_config, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load(file.read_bytes())
+    weights.pop("model.norm.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="1 weights, such as model.norm.weight, are missing"):
+        load_model(make_config(model_name=str(tmp_path / "model")), CPU)
 
 
 def test_a_gated_model_is_told_from_an_unreachable_one(make_config, monkeypatch):

@@ -131,7 +131,9 @@ def test_spellings_of_an_empty_input(spelling):
 
 
 @pytest.mark.parametrize(
-    "given", ["No input devices work", "none of them", "Input: 2", "no", "?!x"]
+    "given",
+    # Signs alone are an input: Morse code, brackets to balance, an operator, a picture.
+    ["No input devices work", "none of them", "Input: 2", "no", "... --- ...", "({[]})", "+", "😀"],
 )
 def test_real_inputs_stay(given):
     assert convert_alpaca(alpaca(1, given)).input == given
@@ -159,6 +161,8 @@ def test_dolly_context_is_the_input_and_citation_marks_go():
     }
     sample = convert_dolly(row)
     assert (sample.input, sample.output) == ("Rome fell. In 476\nlist = [1]", "In 476.")
+    # Marks count from 1: a subscript of 0 is code.
+    assert convert_dolly({**dolly(1), "response": "word[0]"}).output == "word[0]"
 
 
 def test_gsm8k_notes_go_and_the_answer_stays():
@@ -175,11 +179,34 @@ def test_xlam_strings_become_schemas_and_calls():
     row = {"id": 1, "query": "Trains?", "tools": json.dumps([SCHEMA]), "answers": json.dumps(calls)}
     sample = convert_xlam(row)
     line, schemas = sample.input.split("\n")
-    assert line == "You can call these functions:" and json.loads(schemas) == [SCHEMA]
+    assert line == "You can call these functions:"
+    assert schemas == json.dumps([SCHEMA], separators=(",", ":"))
     assert json.loads(sample.output) == calls and "Köln" in sample.output
     assert reason(convert_xlam, {**row, "answers": "[]"}) == "no call"
     assert "not offered" in reason(convert_xlam, {**row, "tools": "[]"})
     assert "no JSON" in reason(convert_xlam, {**row, "answers": "[{"}, WrongShape)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"answers": '[{"name": {}, "arguments": {}}]'},
+        {"answers": '[{"arguments": {}}]'},
+        {"answers": '[{"name": "find_train", "arguments": "x"}]'},
+        {"answers": '["find_train"]'},
+        {"answers": '{"name": "find_train"}'},
+        {"tools": '[{"name": ["find_train"]}, "x"]'},
+        # What json.loads takes but no JSON line in UTF-8 can hold.
+        {"answers": '[{"name": "find_train", "arguments": {"city": NaN}}]'},
+        {"answers": '[{"name": "find_train", "arguments": {"city": "\\ud83d"}}]'},
+        {"answers": '[{"name": "find_train", "arguments": {"n": %s}}]' % ("9" * 5000)},
+    ],
+)
+def test_a_malformed_call_is_dropped_and_does_not_stop_the_task(broken):
+    call = {"name": "find_train", "arguments": {"city": "Bonn"}}
+    row = {"query": "Trains?", "tools": json.dumps([SCHEMA]), "answers": json.dumps([call])}
+    assert convert_xlam(row).output == json.dumps([call])
+    assert reason(convert_xlam, {**row, **broken}, WrongShape)
 
 
 def test_glaive_pairs_a_call_with_the_user_message_before_it():
@@ -227,6 +254,7 @@ def test_hh_rejects_what_is_no_dialogue():
     assert "made-up" in reason(convert_hh, hh("Hi", "Yes.", "More?"))
     twice = {"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c"}
     assert reason(convert_hh, twice) == "turns do not alternate"
+    assert reason(convert_hh, hh("Hi", " ", "Well?", "Yes.")) == "empty turn"
     assert reason(convert_hh, {"chosen": "Just text"}, WrongShape) == "no dialogue"
 
 
@@ -257,7 +285,11 @@ def test_the_order_mixes_the_sources_and_is_that_of_the_seed(run, tmp_path):
         return read_jsonl(tmp_path / "data/full/T1_general_full.jsonl")
 
     first = rows()
-    assert rows() == first and rows("--seed", "1") != first
+    file = tmp_path / "data/full/T1_general_full.jsonl"
+    written = file.read_bytes()
+    assert rows() == first and file.read_bytes() == written
+    assert rows("--seed", "1") != first
+    assert sorted(map(str, rows())) == sorted(map(str, first))
     few = rows("--max_samples_per_task", "16")
     assert few == first[:16]
     assert 1 <= sum(row["instruction"].startswith("Who") for row in few) <= 9
@@ -270,14 +302,40 @@ def test_t1_spares_the_t3_file_that_is_there(run, tmp_path):
     manifest = json.loads((tmp_path / "data/full/manifest.json").read_text())
     assert manifest["T3_code"]["written"] == 2
     assert manifest["T1_general"]["dropped"] == {"also in T3_code": 1}
+    # A T3 file that is about to be replaced has no say: the result is that of a fresh folder.
+    assert run("--tasks", "T1_general", "T3_code", "--overwrite") == 0
+    manifest = json.loads((tmp_path / "data/full/manifest.json").read_text())
+    assert manifest["T1_general"]["dropped"] == {}
+    assert manifest["T3_code"]["dropped"] == {"also in T1_general": 1}
 
 
-def test_long_rows_are_dropped_not_cut(run, tmp_path):
-    assert run("--tasks", "T1_general", "--max_chars", "24") == 0
+def test_a_duplicate_has_both_instruction_and_input(run, raw, tmp_path):
+    rows = [alpaca(1, "a"), alpaca(1, "b"), alpaca(1, " a\n", output="Another answer.")]
+    (raw / "sahil2801/CodeAlpaca-20k/code.json").write_text(json.dumps(rows))
+    assert run("--tasks", "T3_code") == 0
+    written = read_jsonl(tmp_path / "data/full/T3_code_full.jsonl")
+    assert sorted(row["input"] for row in written) == ["a", "b"]
+
+
+def test_only_the_harmless_part_of_hh_is_read(run, raw, tmp_path):
+    folder = raw / "Anthropic/hh-rlhf"
+    (folder / "README.md").unlink()
+    (folder / "helpful-base").mkdir()
+    other = json.dumps(hh("How do I bake?", "With flour.")).encode()
+    (folder / "helpful-base/train.jsonl.gz").write_bytes(gzip.compress(other))
+    assert run("--tasks", "T5_safety") == 0
+    manifest = json.loads((tmp_path / "data/full/manifest.json").read_text())
+    assert manifest["T5_safety"]["rows_read"] == 3
+
+
+@pytest.mark.parametrize(("limit", "longest"), [(24, 24), (23, 18)])
+def test_long_rows_are_dropped_not_cut(run, tmp_path, limit, longest):
+    assert run("--tasks", "T1_general", "--max_chars", str(limit)) == 0
     entry = json.loads((tmp_path / "data/full/manifest.json").read_text())["T1_general"]
     rows = read_jsonl(tmp_path / "data/full/T1_general_full.jsonl")
     assert entry["dropped"]["longer than max_chars"] > 0
-    assert all(sum(map(len, row.values())) <= 24 for row in rows)
+    # "Name 3 colours." and "Colour 3." are 24 together, the next shorter rows are Dolly's.
+    assert max(sum(map(len, row.values())) for row in rows) == longest
 
 
 def test_what_is_there_is_not_replaced_without_leave(run, tmp_path, capsys):
@@ -298,6 +356,71 @@ def test_a_set_that_has_changed_its_form_is_an_error(run, raw, tmp_path, capsys)
     (line,) = errors(capsys)
     assert "T2_math: 3 rows of openai/gsm8k gave 1 samples" in line
     assert not (tmp_path / "data/full/T2_math_full.jsonl").exists()
+
+
+def test_mostly_faulty_rows_are_an_error_but_rows_without_a_call_are_not(run, raw, capsys):
+    def write(hub_id, name, rows):
+        (raw / hub_id / name).write_text("\n".join(map(json.dumps, rows)))
+
+    code = "sahil2801/CodeAlpaca-20k"
+    write(code, "code.json", [alpaca(1), alpaca(2, output=""), alpaca(3, output="")])
+    assert run("--tasks", "T3_code") == 2
+    assert "3 rows of sahil2801/CodeAlpaca-20k gave 1 samples" in errors(capsys)[0]
+    write(code, "code.json", [alpaca(1), alpaca(2, output="")])
+    assert run("--tasks", "T3_code") == 0
+    small_talk = [glaive(f"USER: Hi {i}", "ASSISTANT: Hi") for i in range(3)]
+    write(
+        "glaiveai/glaive-function-calling-v2", "train.json", [glaive("USER: Go", CALL), *small_talk]
+    )
+    assert run("--tasks", "T4_tool") == 0
+
+
+def test_the_table_says_what_was_read_dropped_and_written(run, capsys):
+    assert run("--tasks", "T4_tool", "T2_math") == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["task", "read", "dropped", "written", "reasons"]
+    assert [line.split(maxsplit=4) for line in lines] == [
+        ["T2_math", "5", "0", "5"],
+        ["T4_tool", "4", "1", "3", "1 no call"],
+    ]
+
+
+def test_tasks_not_asked_for_keep_their_entry_in_the_manifest(run, tmp_path, capsys):
+    manifest = tmp_path / "data/full/manifest.json"
+    assert run("--tasks", "T2_math") == 0
+    entry = json.loads(manifest.read_text())["T2_math"]
+    assert run("--tasks", "T4_tool", "--seed", "1") == 0
+    assert json.loads(manifest.read_text())["T2_math"] == entry
+    for broken in ("{", "3"):
+        manifest.write_text(broken)
+        capsys.readouterr()
+        assert run("--tasks", "T5_safety") == 2
+        assert "manifest.json is no manifest: remove it" in errors(capsys)[0]
+
+
+def test_an_unreadable_t1_file_leaves_the_other_tasks_whole(run, tmp_path, capsys):
+    full = tmp_path / "data/full"
+    full.mkdir(parents=True)
+    (full / "T1_general_full.jsonl").write_text("mine")
+    assert run("--tasks", "T3_code", "T5_safety") == 2
+    (line,) = errors(capsys)
+    assert "T1_general_full.jsonl, line 1" in line
+    assert (full / "T5_safety_full.jsonl").exists()
+    assert not (full / "T3_code_full.jsonl").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert run("--tasks", "T2_math", "--data_dir", str(tmp_path / "file")) == 2
+    (line,) = errors(capsys)
+    assert "give a folder" in line
+
+
+def test_the_command_line_itself_refuses_an_unknown_option():
+    result = command("prepare_datasets.py", "--tool", "xlam")
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: unknown option --tool")
 
 
 def test_one_source_that_fails_leaves_the_others_whole(raw, tmp_path):
@@ -329,6 +452,22 @@ def test_toy_files_are_sampled_from_full_and_never_over_others(run, tmp_path, ca
     assert "exists: give --overwrite" in errors(capsys)[0]
     assert (toy / "T1_general.jsonl").read_text() == "mine"
     assert run(*argv, "--overwrite") == 0
+    # A full file that is missing is seen before anything is written.
+    assert run("--toy", "--toy_dir", str(tmp_path / "other"), "--tasks", "T1_general", "T2_math")
+    assert "T2_math_full.jsonl is missing" in errors(capsys)[0]
+    assert not (tmp_path / "other").exists()
+
+
+def test_toy_prefers_short_rows(run, raw, tmp_path):
+    rows = [alpaca(i, output="x" * (500 if i % 2 else 5)) for i in range(10)]
+    (raw / "sahil2801/CodeAlpaca-20k/code.json").write_text("\n".join(map(json.dumps, rows)))
+    assert run("--tasks", "T3_code") == 0
+    for number, long in ((4, 0), (7, 2)):
+        argv = ["--toy", "--toy_dir", str(tmp_path / "toy"), "--toy_samples", str(number)]
+        assert run(*argv, "--tasks", "T3_code", "--overwrite") == 0
+        chosen = read_jsonl(tmp_path / "toy/T3_code.jsonl")
+        assert len(chosen) == number
+        assert sum(len(row["output"]) > 400 for row in chosen) == long
 
 
 @pytest.mark.parametrize(
@@ -339,6 +478,7 @@ def test_toy_files_are_sampled_from_full_and_never_over_others(run, tmp_path, ca
         (["--raw_dir", "nowhere"], "there is no such folder"),
         (["--tool", "xlam"], "unknown option --tool"),
         (["--max_chars", "-1"], "--max_chars -1: give 0"),
+        (["--toy_samples", "0"], "--toy_samples 0: give 1"),
     ],
 )
 def test_a_wrong_option_is_one_line(argv, message, capsys):

@@ -162,7 +162,7 @@ def test_a_finished_run_says_so_and_touches_nothing(sequence, flags, capsys):
     assert after == before
 
 
-def test_overwriting_replaces_the_run_and_spares_what_is_not_its_own(flags, settings, tmp_path):
+def test_overwriting_replaces_the_run_and_spares_what_is_not_its_own(flags, tmp_path):
     mine = tmp_path / "checkpoints" / "notes.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
@@ -246,6 +246,17 @@ def test_all_impossible_values_are_reported_at_once():
     ]
 
 
+def test_wrong_types_are_reported_at_once():
+    with pytest.raises(UserError) as caught:
+        BaseConfig(
+            lora_r="8", lr_slow=True, num_epochs=1.5, dtype="half", task_order="T2_math", use_slsd=1
+        )
+    lines = str(caught.value).splitlines()
+    names = ["dtype", "lora_r", "lr_slow", "use_slsd", "task_order", "num_epochs"]
+    assert [line.split(" is ")[0] for line in lines] == names
+    assert BaseConfig(kd_lambda=2).kd_lambda == 2
+
+
 def test_lists_booleans_and_configs_on_the_command_line():
     words = "--lora_target_modules q_proj k_proj --use_slsd false --use_toy_data --lr_slow=1e-4"
     (cfg,) = parse_config(words.split(), description="")
@@ -262,7 +273,7 @@ def test_every_field_has_help():
         assert all(field.metadata["help"] for field in cls.__dataclass_fields__.values())
 
 
-def test_all_problems_of_a_start_come_at_once(flags, settings, tmp_path, capsys):
+def test_all_problems_of_a_start_come_at_once(flags, tmp_path, capsys):
     broken = tmp_path / "data"
     broken.mkdir()
     (broken / "T1_general.jsonl").write_text('{"instruction": 1}\n')
