@@ -3,6 +3,7 @@
 The sets come from the Hugging Face hub, or from a folder laid out like it (--raw_dir).
 """
 
+import hashlib
 import json
 import random
 import re
@@ -304,13 +305,18 @@ SOURCES = {
 }
 
 
-def prepare(cfg: PrepareConfig, task: str, taken: set) -> dict:
-    """Writes the file of `task` and returns its entry in the manifest.
+def sources(cfg: PrepareConfig, task: str) -> list[Source]:
+    """The sets that make up `task`."""
+    return SOURCES[cfg.tool_dataset if task == "T4_tool" else task]
+
+
+def prepare(cfg: PrepareConfig, task: str, taken: set) -> tuple[str, dict]:
+    """The file of `task` as text, and its entry in the manifest.
 
     `taken` holds the (instruction, input) of another task's rows, which are dropped here.
     """
     rows, origin = [], {}
-    for source in SOURCES[cfg.tool_dataset if task == "T4_tool" else task]:
+    for source in sources(cfg, task):
         loaded, origin[source.hub_id] = source.load(cfg.raw_dir)
         rows += [(source.convert, row) for row in loaded]
     # All sources in one shuffle: any first part of it holds them in proportion.
@@ -338,30 +344,47 @@ def prepare(cfg: PrepareConfig, task: str, taken: set) -> dict:
             f"{task}: {len(rows)} rows of {', '.join(origin)} gave {len(samples)} samples "
             f"({dict(dropped.most_common(3))}); is this the set in its usual form?"
         )
-    with atomic_file(cfg.path(task)) as file:
-        file.writelines(json.dumps(sample.row(), ensure_ascii=False) + "\n" for sample in samples)
-    return {
-        "sources": origin,
+    text = "".join(json.dumps(sample.row(), ensure_ascii=False) + "\n" for sample in samples)
+    return text, {
+        **settings(cfg, task),
+        "from": origin,
         "rows_read": len(rows),
         "dropped": dict(dropped.most_common()),
         "written": len(samples),
-        "sha256": file_sha256(cfg.path(task)),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def settings(cfg: PrepareConfig, task: str) -> dict:
+    """What decides the content of a task's file, beside the sources themselves."""
+    return {
+        "sources": [source.hub_id for source in sources(cfg, task)],
         "seed": cfg.seed,
         "max_chars": cfg.max_chars,
         "max_samples_per_task": cfg.max_samples_per_task,
     }
 
 
-def refuse_existing(paths: list[Path], overwrite: bool) -> None:
-    """Raises `UserError` for every file that would be replaced without leave."""
-    found = [f"{path} exists: give --overwrite to replace it" for path in paths if path.exists()]
-    if found and not overwrite:
-        raise UserError("\n".join(found))
+def is_prepared(cfg: PrepareConfig, task: str, entry: dict) -> bool:
+    """Whether an earlier run with these settings has written the file, and nobody changed it."""
+    same = all(entry.get(name) == value for name, value in settings(cfg, task).items())
+    return same and cfg.path(task).exists() and file_sha256(cfg.path(task)) == entry["sha256"]
+
+
+def refuse_existing(paths: list[Path]) -> None:
+    """Raises `UserError` for every file that is there."""
+    found = [path for path in paths if path.exists()]
+    if found:
+        raise UserError(
+            "\n".join(f"{path} exists: give --overwrite to replace it" for path in found)
+        )
 
 
 def prepare_full(cfg: PrepareConfig) -> None:
-    """Writes data/full/ and its manifest; a source that fails leaves the other tasks whole."""
-    refuse_existing([cfg.path(task) for task in cfg.tasks], cfg.overwrite)
+    """Writes data/full/ and its manifest; a source that fails leaves the other tasks whole.
+
+    A task that an earlier run has finished with the same settings is left as it is.
+    """
     manifest_path = Path(cfg.data_dir) / "full" / "manifest.json"
     try:
         manifest = dict(json.loads(manifest_path.read_text("utf-8")))
@@ -369,21 +392,33 @@ def prepare_full(cfg: PrepareConfig) -> None:
         manifest = {}
     except (ValueError, TypeError):
         raise UserError(f"{manifest_path} is no manifest: remove it, it is written anew") from None
-    print(f"{'task':<11}{'read':>9}{'dropped':>9}{'written':>9}  reasons")
-    problems, asked = [], [task for task in TASKS if task in cfg.tasks]
+    asked = [task for task in TASKS if task in cfg.tasks]
+    if not cfg.overwrite:
+        done = [task for task in asked if is_prepared(cfg, task, manifest.get(task, {}))]
+        for task in done:
+            print(f"{task} is prepared: {manifest[task]['written']} samples")
+        asked = [task for task in asked if task not in done]
+        refuse_existing([cfg.path(task) for task in asked])
+    if asked:
+        print(f"{'task':<11}{'read':>9}{'dropped':>9}{'written':>9}  reasons")
+    problems = []
     for number, task in enumerate(asked, 1):
         other = OVERLAPPING.get(task)
         try:
             taken = set()
             if other and other not in asked[number:] and cfg.path(other).exists():
                 taken = {(row["instruction"], row["input"]) for row in read_jsonl(cfg.path(other))}
-            manifest[task] = prepare(cfg, task, taken)
+            text, entry = prepare(cfg, task, taken)
         except UserError as error:
             problems.append(str(error))
             continue
+        manifest[task] = entry
+        # The manifest first: a run that is killed between the two does the task again.
         write_json(manifest_path, {name: manifest[name] for name in TASKS if name in manifest})
-        read, written, dropped = map(manifest[task].get, ("rows_read", "written", "dropped"))
-        reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+        with atomic_file(cfg.path(task)) as file:
+            file.write(text)
+        read, written, dropped = map(entry.get, ("rows_read", "written", "dropped"))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         print(f"{task:<11}{read:>9}{read - written:>9}{written:>9}  {reasons}".rstrip())
     if problems:
         raise UserError("\n".join(problems))
@@ -392,7 +427,8 @@ def prepare_full(cfg: PrepareConfig) -> None:
 def sample_toy(cfg: PrepareConfig) -> None:
     """Samples short rows of data/full/ into `cfg.toy_dir`."""
     targets = {task: Path(cfg.toy_dir) / f"{task}.jsonl" for task in cfg.tasks}
-    refuse_existing(list(targets.values()), cfg.overwrite)
+    if not cfg.overwrite:
+        refuse_existing(list(targets.values()))
     full = [(target, task, read_jsonl(cfg.path(task))) for task, target in targets.items()]
     for target, task, rows in full:
         short = [row for row in rows if sum(map(len, row.values())) < TOY_CHARS]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_scripts import command, errors
+from test_scripts import command, contents, errors
 
 import prepare_datasets
 from prepare_datasets import (
@@ -268,7 +268,7 @@ def test_all_five_tasks_and_a_manifest_that_adds_up(run, tmp_path):
         assert len(rows) == entry["written"]
         assert entry["rows_read"] == entry["written"] + sum(entry["dropped"].values())
         assert entry["sha256"] == file_sha256(full / f"{task}_full.jsonl")
-        assert set(entry["sources"].values()) == {"raw"}
+        assert set(entry["from"].values()) == {"raw"}
     assert manifest["T4_tool"]["dropped"] == {"no call": 1}
     # One row for each first Human turn: near-duplicates must not straddle the held-out split.
     assert manifest["T5_safety"]["dropped"] == {"duplicate": 1}
@@ -436,6 +436,29 @@ def test_one_source_that_fails_leaves_the_others_whole(raw, tmp_path):
     assert "HF_ENDPOINT" in line and "--raw_dir" in line
     names = sorted(path.name for path in (tmp_path / "data/full").glob("*.jsonl"))
     assert names == [f"{task}_full.jsonl" for task in prepare_datasets.TASKS[1:]]
+
+
+def test_a_run_that_was_interrupted_goes_on(run, raw, tmp_path, capsys, monkeypatch):
+    def fail(path):
+        if "T3" in str(path):
+            raise KeyboardInterrupt
+        return original(path)
+
+    original = prepare_datasets.atomic_file
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_datasets, "atomic_file", fail)
+        assert run() == 130
+    before = contents(tmp_path / "data")
+    names = {path.name for path in before}
+    assert names == {"manifest.json", "T1_general_full.jsonl", "T2_math_full.jsonl"}
+    (raw / "openai/gsm8k/README.md").unlink()
+    capsys.readouterr()
+    assert run() == 0
+    assert "T2_math is prepared: 5 samples" in capsys.readouterr().out
+    after = contents(tmp_path / "data")
+    assert all(after[path] == before[path] for path in before if "jsonl" in path.name)
+    assert len(after) == 6
+    assert run("--seed", "1") == 2
 
 
 def test_toy_files_are_sampled_from_full_and_never_over_others(run, tmp_path, capsys):
