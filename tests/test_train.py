@@ -26,9 +26,9 @@ TASK = "T2_math"
 def make_session(make_config, tokenizer, tmp_path):
     """Builds a session on the tiny model, both branches random, with some fields changed."""
 
-    def build(checkpointing=False, new=False, **changes):
+    def build(checkpointing=False, new=False, base_dtype=torch.float32, **changes):
         cfg = make_config(**changes)
-        model = inject(make_model(), dropout=cfg.lora_dropout)
+        model = inject(make_model().to(base_dtype), dropout=cfg.lora_dropout)
         if not new:
             randomise(model)
         if checkpointing:
@@ -303,6 +303,43 @@ def test_what_is_not_finite_stops_the_run_before_the_weights(make_session, tmp_p
         run(cfg, session, tmp_path, aux=slsd, stage=TASK)
     assert same(before, values(session.model, "slow") + values(session.model, "fast"))
     assert Path(tmp_path / "log.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_train_with_fp32_branches(make_session, tmp_path, base_dtype):
+    losses = []
+    for dtype in (torch.float32, base_dtype):
+        cfg, session = make_session(base_dtype=dtype)
+        slsd = train_slsd_seq.make_slsd(cfg, session)
+        slsd.begin_task(TASK, session.data[TASK].train)
+        lines = run(cfg, session, tmp_path, aux=slsd, stage=TASK)
+        losses.append([line["loss"] for line in lines])
+        assert all(p.dtype == torch.float32 for p in branch_parameters(session.model, "slow"))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_an_overflow_in_float16_is_skipped_and_ten_in_a_row_stop(make_session, tmp_path):
+    cfg, session = make_session(base_dtype=torch.float16, num_epochs=5)
+    parameter, steps = branch_parameters(session.model, "slow")[1], []
+
+    def overflow(grad):
+        steps.append(grad)
+        return grad * torch.inf if len(steps) == 2 else grad
+
+    handle = parameter.register_hook(overflow)
+    before = []
+    session.make_passes = partial(
+        lambda cut, samples: before.append(values(session.model, "fast")) or cut(samples),
+        session.make_passes,
+    )
+    lines = run(cfg, session, tmp_path)
+    assert lines[1]["grad_norm_slow"] is None and lines[2]["grad_norm_slow"] > 0
+    assert same(before[1], before[2]) and not same(before[2], before[3])
+
+    handle.remove()
+    parameter.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(UserError, match="step 10: 10 overflows in a row in float16"):
+        run(cfg, session, tmp_path)
 
 
 def test_each_branch_is_clipped_by_its_own_norm():
