@@ -275,6 +275,19 @@ def test_one_run_a_folder(seq_flags, tmp_path, capsys):
         pass
 
 
+def test_of_two_runs_that_race_one_is_refused(seq_flags, uninterrupted, tmp_path):
+    argv = [sys.executable, "train_slsd_seq.py", *map(str, seq_flags("cut"))]
+    runs = [
+        subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = {run.communicate(timeout=120)[1]: run.returncode for run in runs}
+    assert sorted(said.values()) == [0, 2]
+    (refused,) = (text for text, code in said.items() if code == 2)
+    assert refused.startswith("error: ") and "another run is at work there" in refused
+    assert outcome(tmp_path / "cut") == uninterrupted
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_goes_on(
     seq_flags, uninterrupted, tmp_path, monkeypatch, capsys, number, code
