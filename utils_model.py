@@ -127,8 +127,8 @@ def _ask_hub(name: str) -> None:
         raise ConnectionError(str(error)) from error
 
 
-def check_model(cfg) -> None:
-    """Raises `UserError` where the base model cannot be had, without loading its weights."""
+def check_model(cfg):
+    """The base model's configuration; `UserError` where the model cannot be had or does not fit."""
     if cfg.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"--quantization {cfg.quantization} needs bitsandbytes: pip install bitsandbytes"
@@ -144,8 +144,8 @@ def check_model(cfg) -> None:
         re.search("CausalLM|LMHead|ConditionalGeneration", kind) for kind in kinds
     ):
         raise UserError(f"--model_name {cfg.model_name}: {kinds[0]} is no causal language model")
-    config = config.get_text_config()
-    layers, positions = config.num_hidden_layers, getattr(config, "max_position_embeddings", None)
+    text = config.get_text_config()
+    layers, positions = text.num_hidden_layers, getattr(text, "max_position_embeddings", None)
     problems = []
     if cfg.num_frozen_layers >= layers:
         problems.append(f"--num_frozen_layers {cfg.num_frozen_layers}: give 0 to {layers - 1}")
@@ -154,6 +154,7 @@ def check_model(cfg) -> None:
     if problems:
         model = f"{Path(cfg.model_name).name} has {layers} layers and {positions} positions"
         raise UserError("\n".join(f"{problem}; {model}" for problem in problems))
+    return config
 
 
 def load_model_and_tokenizer(cfg, device: torch.device):
@@ -210,9 +211,8 @@ def load_model(cfg, device: torch.device):
     return model.eval()
 
 
-def skeleton(cfg):
-    """The base model without weights, on the meta device."""
-    config = AutoConfig.from_pretrained(**_location(cfg), trust_remote_code=False)
+def skeleton(config):
+    """The model of this configuration without weights, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 

@@ -244,7 +244,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
     """
     stop, state = StopSignals(), RunState(state_folder(cfg, run_name))
     with run_lock([cfg.save_dir, cfg.log_dir], run_name), stop.installed():
-        _, _, *rows = _gather(
+        _, model_config, *rows = _gather(
             [
                 partial(check_outputs, cfg, run_name),
                 partial(check_model, cfg),
@@ -267,7 +267,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         ]
         data = dict(zip(tasks, _gather(checks), strict=True))
         # The branches, without weights: what is wrong with them shows before a model is loaded.
-        plan = _inject(cfg, skeleton(cfg))
+        plan = _inject(cfg, skeleton(model_config))
         check_disk(cfg, plan, len(tasks))
         if cfg.dry_run:
             report_plan(cfg, plan, data, device, saved and saved[0])
