@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import os
 import shutil
 import signal
 import threading
@@ -49,6 +50,8 @@ class StopSignals:
 
     def _receive(self, number, _frame) -> None:
         self.received = number
+        # Not print: a handler may interrupt one.
+        os.write(2, b"\nstopping after this pass; a second signal stops at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -271,7 +274,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         check_disk(cfg, plan, len(tasks))
         if cfg.dry_run:
             report_plan(cfg, plan, data, device, saved and saved[0])
-            raise NothingToDo("dry run: nothing was trained and nothing written")
+            raise NothingToDo("dry run: nothing was trained")
         model = load_model(cfg, device)
         torch.manual_seed(cfg.seed)
         _inject(cfg, model)
