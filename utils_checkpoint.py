@@ -224,7 +224,9 @@ def state_folder(cfg, run_name: str) -> Path:
 
 
 def _outputs(cfg, run_name: str) -> list[Path]:
-    found = [*Path(cfg.log_dir).glob(f"{run_name}_*"), *Path(cfg.save_dir).glob(f"{run_name}_*")]
+    # Both may be one folder.
+    folders = dict.fromkeys((Path(cfg.log_dir), Path(cfg.save_dir)))
+    found = [path for folder in folders for path in folder.glob(f"{run_name}_*")]
     return [path for path in found if path != state_folder(cfg, run_name) or any(path.iterdir())]
 
 

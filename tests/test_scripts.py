@@ -181,6 +181,16 @@ def test_overwriting_replaces_the_run_and_spares_what_is_not_its_own(flags, tmp_
     ]
 
 
+def test_logs_and_checkpoints_may_share_a_folder(flags, tmp_path):
+    argv = flags(
+        log_dir=tmp_path / "x",
+        save_dir=tmp_path / "x",
+        max_steps_per_task=1,
+        task_order=["T2_math"],
+    )
+    assert train_slsd_seq.main(argv) == 0 == train_slsd_seq.main([*argv, "--overwrite", "true"])
+
+
 def test_a_single_task_leaves_what_the_contract_says(flags, tmp_path, capsys):
     argv = ["--task", "T2_math", *flags(num_epochs=2, logging_steps=2)]
     assert train_single_task.main(argv) == 0
