@@ -180,6 +180,14 @@ def load_tokenizer(cfg):
     return tokenizer
 
 
+def check_device(cfg, device: torch.device) -> None:
+    """Raises `UserError` where the model cannot be trained on `device` as it is to be held."""
+    if cfg.quantization == "4bit" and device.type == "cpu":
+        # bitsandbytes repacks the weights at the first evaluation for a kernel without a gradient:
+        # training would go on and learn nothing.
+        raise UserError("--quantization 4bit needs a GPU: give 8bit or none on a CPU")
+
+
 def load_model(cfg, device: torch.device):
     """The base model in eval mode on `device`.
 
@@ -187,6 +195,7 @@ def load_model(cfg, device: torch.device):
     means bf16 on a GPU that has it, else fp16, and fp32 on a CPU. Raises `UserError` where the
     model or what it needs is missing.
     """
+    check_device(cfg, device)
     dtype = model_dtype(cfg, device)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

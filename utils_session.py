@@ -27,6 +27,7 @@ from utils_checkpoint import (
 )
 from utils_data import TaskData, make_passes, prepare_task, read_jsonl
 from utils_model import (
+    check_device,
     check_model,
     describe_base,
     load_model,
@@ -255,6 +256,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
             ]
         )
         device = select_device(cfg.device)
+        check_device(cfg, device)
         about_base = describe_base(cfg)
         identity = run_identity(cfg, tasks, about_base, model_dtype(cfg, device))
         saved = None if cfg.overwrite else state.load()

@@ -173,6 +173,11 @@ def test_a_folder_that_lacks_a_part_or_is_no_causal_model_is_one_line(
         check_model(cfg)
 
 
+def test_four_bits_on_a_cpu_are_refused(make_config):
+    with pytest.raises(UserError, match="4bit needs a GPU"):
+        load_model(make_config(quantization="4bit"), CPU)
+
+
 def test_missing_weights_are_never_made_up(make_config, model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
