@@ -240,17 +240,29 @@ def test_every_byte_of_a_state_is_guarded(tmp_path):
     assert facts == {"position": 1} and torch.equal(parts["branches"]["a"], torch.arange(6.0))
 
 
-@pytest.mark.parametrize("number", [0, 5, 60])
+@pytest.mark.parametrize("what", ["a file is synced", "a log line is written"])
 def test_a_full_disk_is_one_line_and_leaves_a_whole_state(
-    seq_flags, uninterrupted, tmp_path, monkeypatch, capsys, number
+    seq_flags, tmp_path, monkeypatch, capsys, request, what
 ):
-    full = OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        fail_at(patch, utils_checkpoint.os, "fsync", number, full)
-        assert train_slsd_seq.main(seq_flags("cut")) == 2
-    assert "No space left on device" in capsys.readouterr().err
-    assert train_slsd_seq.main(seq_flags("cut")) == 0
-    assert outcome(tmp_path / "cut") == uninterrupted
+    """At every 20th write of a short run, with `--faults 50` at every single one."""
+    short = {"task_order": ["T1_general", "T2_math"], "num_epochs": 1, "max_steps_per_task": 2}
+    assert train_slsd_seq.main(seq_flags("whole", **short)) == 0
+    expected, full = outcome(tmp_path / "whole"), OSError(28, "No space left on device")
+    synced = what == "a file is synced"
+    target = (utils_checkpoint.os, "fsync") if synced else (JsonlLog, "write")
+    every = 1 if request.config.getoption("--faults") >= 50 else 20
+    for number in range(0, 10_000, every):
+        with monkeypatch.context() as patch:
+            fail_at(patch, *target, number, full)
+            code = train_slsd_seq.main(seq_flags("cut", **short))
+        if code == 0:
+            break
+        assert code == 2 and "No space left on device" in capsys.readouterr().err
+        assert train_slsd_seq.main(seq_flags("cut", **short)) == 0
+        assert outcome(tmp_path / "cut") == expected
+        shutil.rmtree(tmp_path / "cut")
+    print(f"{number} faults, 0 differences")
+    assert number >= (40 if synced else every)
 
 
 def test_too_little_space_and_a_read_only_folder_are_found_before_training(
