@@ -282,7 +282,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         _inject(cfg, model)
         if cfg.gradient_checkpointing:
             enable_checkpointing(model)
-        print(f"{device}, {model.dtype}: {count_parameters(model)}")
+        print(f"{device}, {model.dtype}: {describe_parameters(model)}")
         session = Session(cfg, model, tokenizer, device, data, about_base, state, identity, stop)
         if saved:
             session.resume(*saved)
@@ -307,16 +307,21 @@ def enable_checkpointing(model: nn.Module) -> None:
             layer.gradient_checkpointing = False
 
 
-def count_parameters(model: nn.Module) -> str:
-    """Trainable and frozen parameters, in words."""
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, frozen) parameters."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    return trainable, sum(p.numel() for p in model.parameters()) - trainable
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """Trainable and frozen parameters, in words."""
+    trainable, frozen = count_parameters(model)
     return f"{trainable:,} trainable parameters, {frozen:,} frozen"
 
 
 def disk_bytes(cfg, model: nn.Module, num_tasks: int) -> int:
     """About what a run writes: checkpoints, and states of branches, AdamW and probes."""
-    branches = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    branches = 4 * count_parameters(model)[0]
     probes = cfg.probe_size_per_task * min(cfg.max_seq_len, 256) * (6 * (cfg.kd_top_k or 1000) + 12)
     tokenizer = 8 * 2**20
     return num_tasks * cfg.num_epochs * (branches + tokenizer) + 3 * (3 * branches + probes)
@@ -341,8 +346,7 @@ def report_plan(
         print(f"{task}: {steps} optimizer steps, {sum(samples.train.lengths):,} tokens an epoch")
     dtype = model_dtype(cfg, device)
     width = {"none": dtype.itemsize, "8bit": 1, "4bit": 0.56}[cfg.quantization]
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    trainable, frozen = count_parameters(model)
     longest = max(max(samples.train.lengths) for samples in data.values())
     tokens = max(cfg.tokens_per_pass, longest)
     config = model.config.get_text_config()
@@ -352,7 +356,7 @@ def report_plan(
     kept = 1 if cfg.gradient_checkpointing else 18
     activations = tokens * upper * config.hidden_size * kept * dtype.itemsize
     memory = frozen * width + 16 * trainable + activations + tokens / 2 * config.vocab_size * 16
-    print(f"{device}, {dtype}: {count_parameters(model)}")
+    print(f"{device}, {dtype}: {describe_parameters(model)}")
     print(f"about {memory / 2**30:.1f} GiB of {device.type} memory with --tokens_per_pass {tokens}")
     print(f"about {disk_bytes(cfg, model, len(data)) / 2**20:,.0f} MiB of disk in {cfg.save_dir}")
     if saved:

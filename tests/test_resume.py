@@ -88,6 +88,14 @@ def fail_at(monkeypatch, module, name, number, error=Killed):
     return calls
 
 
+def die_in_a_pass(monkeypatch, number, argv, script=train_slsd_seq):
+    """Runs the script until its `number`-th cutting of passes, which kills it."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, utils_session, "make_passes", number)
+        with pytest.raises(Killed):
+            script.main(argv)
+
+
 def kill_and_resume(argv, number, monkeypatch):
     """Dies at the `number`-th write, then runs to the end; False where there are fewer writes."""
     with monkeypatch.context() as patch:
@@ -113,10 +121,7 @@ def test_a_run_that_dies_at_a_write_and_goes_on_is_the_uninterrupted_one(
 def test_a_run_that_dies_in_a_forward_pass_goes_on_as_well(
     seq_flags, uninterrupted, tmp_path, monkeypatch, number
 ):
-    with monkeypatch.context() as patch:
-        fail_at(patch, utils_session, "make_passes", number)
-        with pytest.raises(Killed):
-            train_slsd_seq.main(seq_flags("cut"))
+    die_in_a_pass(monkeypatch, number, seq_flags("cut"))
     assert train_slsd_seq.main(seq_flags("cut")) == 0
     assert outcome(tmp_path / "cut") == uninterrupted
 
@@ -127,10 +132,7 @@ def test_a_single_task_goes_on(flags, tmp_path, monkeypatch):
         return ["--task", "T2_math", *flags(**HARD, **here)]
 
     assert train_single_task.main(argv("whole")) == 0
-    with monkeypatch.context() as patch:
-        fail_at(patch, utils_session, "make_passes", 6)
-        with pytest.raises(Killed):
-            train_single_task.main(argv("cut"))
+    die_in_a_pass(monkeypatch, 6, argv("cut"), train_single_task)
     assert train_single_task.main(argv("cut")) == 0
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
@@ -138,10 +140,7 @@ def test_a_single_task_goes_on(flags, tmp_path, monkeypatch):
 def test_fields_that_do_not_change_results_may_change(
     seq_flags, uninterrupted, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patch:
-        fail_at(patch, utils_session, "make_passes", 30)
-        with pytest.raises(Killed):
-            train_slsd_seq.main(seq_flags("cut"))
+    die_in_a_pass(monkeypatch, 30, seq_flags("cut"))
     assert train_slsd_seq.main(seq_flags("cut", save_steps=7)) == 0
     cut = outcome(tmp_path / "cut")
     for name, value in uninterrupted.items():
@@ -151,10 +150,7 @@ def test_fields_that_do_not_change_results_may_change(
 def test_other_data_another_base_and_another_config_are_refused(
     seq_flags, tmp_path, monkeypatch, capsys, data_folder, model_folder
 ):
-    with monkeypatch.context() as patch:
-        fail_at(patch, utils_session, "make_passes", 30)
-        with pytest.raises(Killed):
-            train_slsd_seq.main(seq_flags("cut"))
+    die_in_a_pass(monkeypatch, 30, seq_flags("cut"))
     before = contents(tmp_path / "cut")
     data, model = tmp_path / "data", tmp_path / "model"
     shutil.copytree(data_folder, data)
@@ -195,10 +191,7 @@ def damage_newest(state: Path, how: str) -> Path:
 def test_a_damaged_state_is_named_and_the_one_before_it_used(
     seq_flags, uninterrupted, tmp_path, monkeypatch, capsys, how
 ):
-    with monkeypatch.context() as patch:
-        fail_at(patch, utils_session, "make_passes", 30)
-        with pytest.raises(Killed):
-            train_slsd_seq.main(seq_flags("cut"))
+    die_in_a_pass(monkeypatch, 30, seq_flags("cut"))
     newest = damage_newest(tmp_path / "cut" / "checkpoints" / "seq_state", how)
     assert train_slsd_seq.main(seq_flags("cut")) == 0
     assert f"{newest.name} is damaged" in capsys.readouterr().err
@@ -208,10 +201,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(
 def test_no_whole_state_is_an_error_and_never_a_fresh_start(
     seq_flags, tmp_path, monkeypatch, capsys
 ):
-    with monkeypatch.context() as patch:
-        fail_at(patch, utils_session, "make_passes", 30)
-        with pytest.raises(Killed):
-            train_slsd_seq.main(seq_flags("cut"))
+    die_in_a_pass(monkeypatch, 30, seq_flags("cut"))
     for state in (tmp_path / "cut" / "checkpoints" / "seq_state").glob("state-*"):
         (state / "manifest.json").write_text("{}")
     before = contents(tmp_path / "cut")
@@ -367,10 +357,7 @@ def test_a_dry_run_tells_and_writes_nothing(script, seq_flags, tmp_path, capsys)
 
 
 def test_a_dry_run_tells_what_would_be_resumed(seq_flags, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        fail_at(patch, utils_session, "make_passes", 30)
-        with pytest.raises(Killed):
-            train_slsd_seq.main(seq_flags("cut"))
+    die_in_a_pass(monkeypatch, 30, seq_flags("cut"))
     before = contents(tmp_path / "cut")
     assert train_slsd_seq.main(seq_flags("cut", dry_run=True)) == 0
     assert "a saved state would be resumed" in capsys.readouterr().out
