@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 
 from configs.base_config import TASKS, UserError, command_line, knob, parse_config
-from utils_checkpoint import save_checkpoint
+from utils_plan import visits_again
 from utils_session import set_up
 from utils_train import evaluate_loss, train_task
 
@@ -26,8 +26,7 @@ def main(argv=None):
         train_log, eval_log = session.log(f"{name}_train_loss"), session.log(f"{name}_eval_loss")
 
         def end_epoch(epoch: int):
-            path = f"{cfg.save_dir}/{name}_epoch{epoch}"
-            save_checkpoint(path, session.model, session.tokenizer, session.about_base)
+            session.save_checkpoint(f"{name}_epoch{epoch}")
             result = evaluate_loss(session, session.data[task].held_out)
             eval_log.write(task=task, epoch=epoch, **result)
             print(f"{task} epoch {epoch}: held-out loss {result['loss']:.3f} nats per token")
@@ -35,7 +34,11 @@ def main(argv=None):
         if not session.training:
             base = evaluate_loss(session, session.data[task].held_out)
             print(f"{task} untouched base: held-out loss {base['loss']:.3f} nats per token")
-        train_task(cfg, session, task, train_log, on_epoch_end=end_epoch)
+        samples = session.data[task].train
+        with session.kept_prefix() as keep:
+            if visits_again(cfg, len(samples)):
+                keep(samples, f"frozen layers, {task}")
+            train_task(cfg, session, task, train_log, on_epoch_end=end_epoch)
         session.finish()
 
 

@@ -12,8 +12,10 @@ import transformers
 from configs.base_config import command_line, parse_config
 from models.ds_lora import branch_parameters, reset_branch
 from models.slsd import SLSD
-from utils_checkpoint import JsonlLog, save_checkpoint, write_json
+from utils_checkpoint import JsonlLog, write_json
+from utils_distributed import gather, is_first
 from utils_metrics import format_matrix, loss_matrix, summarise
+from utils_plan import visits_again
 from utils_session import set_up
 from utils_train import evaluate_loss, seed_torch, train_task
 
@@ -40,8 +42,7 @@ def main(argv=None):
             task, start = tasks[t], time.perf_counter()
             probes = train_one_task_with_slsd(cfg, session, task, train_log, slsd if t else None)
             trained = time.perf_counter()
-            path = f"{cfg.save_dir}/seq_{task}"
-            save_checkpoint(path, session.model, session.tokenizer, session.about_base)
+            session.save_checkpoint(f"seq_{task}")
             evaluate(task, tasks[: t + 1])
             session.position["stages_done"] = t + 1
             session.position["stages"][task] = {
@@ -51,9 +52,10 @@ def main(argv=None):
             }
             session.save()
 
-        matrix = loss_matrix(eval_log.read(), tasks)
-        print(format_matrix(matrix, tasks))
-        write_summary(cfg, session, matrix)
+        if is_first():
+            matrix = loss_matrix(eval_log.read(), tasks)
+            print(format_matrix(matrix, tasks))
+            write_summary(cfg, session, matrix)
         session.finish()
 
 
@@ -63,6 +65,7 @@ def make_slsd(cfg, session) -> SLSD:
         session.model,
         branch_parameters(session.model, "fast"),
         session.make_passes,
+        gather,
         weight=cfg.kd_lambda,
         temperature=cfg.kd_temperature,
         top_k=cfg.kd_top_k,
@@ -81,13 +84,19 @@ def train_one_task_with_slsd(cfg, session, task: str, log: JsonlLog, slsd: SLSD 
     `slsd` is None for the first task, which has no previous model, and without distillation.
     Returns the number of probes.
     """
-    if session.training:
-        if slsd:
-            slsd.restore(session.training[1]["aux"])
-    else:
-        begin_stage(cfg, session, task, slsd)
-    probes = len(slsd.buffer) if slsd and slsd.buffer else 0
-    train_task(cfg, session, task, log, aux=slsd, stage=task)
+    samples = session.data[task].train
+    with session.kept_prefix() as keep:
+        if visits_again(cfg, len(samples)):
+            keep(samples, f"frozen layers, {task}")
+        if session.training:
+            if slsd:
+                slsd.restore(session.training[1]["aux"])
+        else:
+            begin_stage(cfg, session, task, slsd)
+        buffer = slsd.buffer if slsd and slsd.buffer else []
+        probes = len(buffer)
+        keep([buffer.sample(i) for i in range(probes)], "frozen layers, probes")
+        train_task(cfg, session, task, log, aux=slsd, stage=task)
     if slsd:
         slsd.end_task()
     return probes

@@ -118,6 +118,19 @@ class JsonlLog:
         self.close()
 
 
+class NoLog:
+    """A `JsonlLog` that writes nothing: that of every process but the first."""
+
+    def __init__(self, path: str | Path, size: int = 0):
+        pass
+
+    def write(self, **row) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def write_json(path: str | Path, value) -> None:
     """Writes `value` as readable JSON, atomically; ValueError where a number is not finite."""
     with atomic_file(path) as file:

@@ -1,11 +1,11 @@
 """The device, the base model and its tokenizer."""
 
+import ctypes
 import hashlib
 import importlib.util
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -20,8 +20,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from configs.base_config import UserError
+from configs.base_config import UserError, num_processes
 from utils_checkpoint import file_sha256
+from utils_distributed import local_rank, processes_here, shows_progress
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def select_device(wanted: str = "auto") -> torch.device:
@@ -33,6 +37,8 @@ def select_device(wanted: str = "auto") -> torch.device:
     """
     if wanted == "cpu":
         return torch.device("cpu")
+    if num_processes() > 1:
+        return _own_gpu(wanted)
     if wanted == "auto":
         freest = _freest_gpu()
         if freest:
@@ -46,6 +52,22 @@ def select_device(wanted: str = "auto") -> torch.device:
             f"--device {wanted}: torch sees {count} GPUs; give auto, cpu or one of them"
         )
     return torch.device("cuda", device.index or 0)
+
+
+def _own_gpu(wanted: str) -> torch.device:
+    """One GPU for each process on this machine."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto" and not count:
+        return torch.device("cpu")
+    if wanted not in ("auto", "cuda"):
+        raise UserError(f"--device {wanted}: with several processes give auto, cuda or cpu")
+    if count < processes_here():
+        raise UserError(
+            f"{processes_here()} processes for {count} GPUs: start at most one process a GPU"
+        )
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
 
 
 def _freest_gpu() -> str | None:
@@ -196,8 +218,10 @@ def load_model(cfg, device: torch.device):
     model or what it needs is missing.
     """
     check_device(cfg, device)
+    if device.type == "cpu":
+        _reuse_freed_memory()
     dtype = model_dtype(cfg, device)
-    if not sys.stderr.isatty():
+    if not shows_progress():
         transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -218,6 +242,14 @@ def load_model(cfg, device: torch.device):
             f"--model_name {cfg.model_name}: {len(names)} weights, such as {names[0]}, are missing"
         )
     return model.eval()
+
+
+def _reuse_freed_memory() -> None:
+    """Has glibc keep large freed blocks: mapping them anew in each pass takes a CPU a tenth."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(threshold, 2**30)
 
 
 def skeleton(config):

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -13,19 +12,24 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from configs.base_config import NOT_RESULTS, NothingToDo, Stopped, UserError
+from configs.base_config import NOT_RESULTS, NothingToDo, Stopped, UserError, num_processes
 from models.ds_lora import BRANCHES, branch_parameters, find_decoder_layers, replace_with_ds_lora
+from models.frozen_prefix import FrozenPrefix
 from utils_checkpoint import (
     JsonlLog,
+    NoLog,
     RunState,
     check_outputs,
     clear_outputs,
     file_sha256,
     run_lock,
+    save_checkpoint,
     state_folder,
 )
 from utils_data import TaskData, make_passes, prepare_task, read_jsonl
+from utils_distributed import all_succeed, from_first, is_first, joined, rank, shows_progress
 from utils_model import (
     check_device,
     check_model,
@@ -36,10 +40,19 @@ from utils_model import (
     select_device,
     skeleton,
 )
+from utils_plan import check_disk, describe_parameters, prefix_room, report_plan
+
+# Passes without gradients keep no activations: a GPU takes them larger. A CPU gains nothing.
+PASS_WITHOUT_GRADIENTS = 4
+PREFIX_TOKENS = 2048
 
 
 class StopSignals:
-    """Turns the first Ctrl-C or SIGTERM into `Stopped` at the next `check()`; a second kills."""
+    """Turns the first Ctrl-C or SIGTERM into `Stopped` at the next `check()`; a second kills.
+
+    Attributes:
+        received: number of the signal that came last, or 0.
+    """
 
     def __init__(self):
         self.received = 0
@@ -51,6 +64,9 @@ class StopSignals:
 
     def _receive(self, number, _frame) -> None:
         self.received = number
+        if num_processes() > 1:
+            # torchrun passes on what the terminal has sent already, and kills after 30 seconds.
+            return
         # Not print: a handler may interrupt one.
         os.write(2, b"\nstopping after this pass; a second signal stops at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -97,6 +113,7 @@ class Session:
         self.cfg, self.model, self.tokenizer, self.device = cfg, model, tokenizer, device
         self.data, self.about_base = data, about_base
         self.stop, self.tokens_per_pass = stop, cfg.tokens_per_pass
+        self.prefix = FrozenPrefix(model, cfg.num_frozen_layers, prefix_room(cfg))
         self.position: dict = {}
         self.training: tuple[dict, dict] | None = None
         self._state, self._identity = state, identity
@@ -105,15 +122,63 @@ class Session:
         self._samples_in_pass = 0
 
     def make_passes(self, samples):
-        """Cuts samples into passes on the device, see `utils_data.make_passes`.
+        """Cuts this process's share of `samples` into passes, see `utils_data.make_passes`.
 
-        Raises `Stopped` between passes where the run is to stop.
+        They start from the frozen layers' output where it is kept. Without gradients they are
+        larger. Raises `Stopped` between passes where the run is to stop; with several processes
+        the loop asks all of them once a step instead.
         """
-        pad = self.tokenizer.pad_token_id
-        for indices, batch in make_passes(samples, self.tokens_per_pass, pad, self.device):
-            self.stop.check()
+        tokens = self.tokens_per_pass
+        if self.device.type == "cuda" and not torch.is_grad_enabled():
+            tokens *= PASS_WITHOUT_GRADIENTS
+        for indices, batch, targets in self._cut(samples, tokens):
+            if num_processes() == 1:
+                self.stop.check()
             self._samples_in_pass = len(indices)
-            yield indices, batch
+            start = self.prefix.start([samples[i] for i in indices], batch["input_ids"])
+            yield indices, {**batch, "start": start} if start else batch, targets
+
+    def _cut(self, samples, tokens: int):
+        pad, share = self.tokenizer.pad_token_id, (rank(), num_processes())
+        return make_passes(samples, tokens, pad, self.device, share)
+
+    def keep_prefix(self, samples, description: str) -> list[str]:
+        """Runs the frozen layers over this process's share of `samples` and keeps their output.
+
+        As far as there is room. Returns what `prefix.drop` takes.
+        """
+        kept = []
+        if not self.prefix.room:
+            return kept
+        progress = tqdm(
+            total=len(samples) // num_processes(),
+            desc=description,
+            unit="sample",
+            leave=False,
+            disable=not shows_progress(),
+        )
+        try:
+            with progress:
+                # Passes of a fixed size: what is kept depends on the samples alone.
+                for indices, batch, _ in self._cut(samples, PREFIX_TOKENS):
+                    if num_processes() == 1:
+                        self.stop.check()
+                    kept += self.prefix.keep([samples[i] for i in indices], batch)
+                    progress.update(len(indices))
+        except (ValueError, torch.OutOfMemoryError) as error:
+            reason = str(error).partition("\n")[0]
+            print(f"{type(self.model).__name__} goes on without --prefix_cache_gib: {reason}")
+            self.prefix.room = 0
+        return kept
+
+    @contextlib.contextmanager
+    def kept_prefix(self):
+        """Yields `keep_prefix`; at the end of the block what it kept is dropped."""
+        kept = []
+        try:
+            yield lambda *args: kept.extend(self.keep_prefix(*args))
+        finally:
+            self.prefix.drop(kept)
 
     def with_less_memory(self, work: Callable):
         """`work()`; where it runs out of GPU memory, again with passes of half the tokens.
@@ -139,14 +204,24 @@ class Session:
             print(f"out of GPU memory: going on with --tokens_per_pass {self.tokens_per_pass}")
 
     def log(self, name: str) -> JsonlLog:
-        """Opens `name`.jsonl in the log folder, where a resumed run left it."""
+        """Opens `name`.jsonl in the log folder, where a resumed run left it.
+
+        Only the first process writes; the others' lines go nowhere.
+        """
         path = Path(self.cfg.log_dir) / f"{name}.jsonl"
-        self._logs[name] = JsonlLog(path, self._log_sizes.get(name, 0))
+        log = JsonlLog if is_first() else NoLog
+        self._logs[name] = log(path, self._log_sizes.get(name, 0))
         return self._logs[name]
 
     def close(self) -> None:
         for log in self._logs.values():
             log.close()
+
+    def save_checkpoint(self, name: str) -> None:
+        """Saves the branches as the PEFT adapter `name` in the checkpoint folder."""
+        if is_first():
+            path = Path(self.cfg.save_dir) / name
+            save_checkpoint(path, self.model, self.tokenizer, self.about_base)
 
     def save(self, training: dict | None = None, parts: dict | None = None) -> None:
         """Saves the branches, the position and, inside a task, what the loop needs to go on."""
@@ -163,12 +238,15 @@ class Session:
         self._save(None, {}, keep=1)
 
     def _save(self, training, parts, keep: int = 2) -> None:
+        if not is_first():
+            return
         facts = {
             "identity": self._identity,
             "position": self.position,
             "training": training,
             "logs": {name: log.size() for name, log in self._logs.items()},
             "tokens_per_pass": {"given": self.cfg.tokens_per_pass, "used": self.tokens_per_pass},
+            "prefix_room": {"given": self.cfg.prefix_cache_gib, "used": self.prefix.room},
         }
         self._state.save(facts, parts, keep)
 
@@ -185,19 +263,10 @@ class Session:
         # Halved when memory ran out: it would run out again.
         if passes["given"] == self.cfg.tokens_per_pass:
             self.tokens_per_pass = passes["used"]
-
-
-def _gather(checks: list[Callable]) -> list:
-    """The results of all `checks`, or one `UserError` with the problems of all of them."""
-    results, problems = [], []
-    for check in checks:
-        try:
-            results.append(check())
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return results
+        room = facts["prefix_room"]
+        # What is kept changes the last bits.
+        if room["given"] == self.cfg.prefix_cache_gib and self.prefix.room:
+            self.prefix.room = room["used"]
 
 
 def run_identity(cfg, tasks: list[str], about_base: dict, dtype: torch.dtype) -> dict:
@@ -206,21 +275,30 @@ def run_identity(cfg, tasks: list[str], about_base: dict, dtype: torch.dtype) ->
         name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_RESULTS
     }
     data = {f"data of {task}": file_sha256(cfg.data_path(task)) for task in tasks}
-    return {**config, **about_base, **data, "dtype": str(dtype)}
+    return {**config, **about_base, **data, "dtype": str(dtype), "processes": num_processes()}
 
 
-def _check_identity(folder: Path, saved: dict, now: dict) -> None:
-    differing = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    if differing:
-        listed = ", ".join(
-            f"another {name}"
-            if "data of" in name
-            else f"{name} {saved.get(name)} -> {now.get(name)}"
-            for name in differing
-        )
+def _differences(first: dict, second: dict) -> str:
+    return ", ".join(
+        f"another {name}"
+        if "data of" in name
+        else f"{name} {first.get(name)} -> {second.get(name)}"
+        for name in {**first, **second}
+        if first.get(name) != second.get(name)
+    )
+
+
+def _check_identity(folder: Path, saved: dict | None, first: dict, own: dict) -> None:
+    """Compares this process with the first one, and that with the saved state."""
+    if differing := _differences(first, own):
         raise UserError(
-            f"{folder} holds the state of another run ({listed}): give --overwrite true to start "
-            "afresh, or another --save_dir and --log_dir"
+            f"process {rank()} is not like the first one ({differing}): give each machine the same "
+            "files and packages"
+        )
+    if saved and (differing := _differences(saved, own)):
+        raise UserError(
+            f"{folder} holds the state of another run ({differing}): give --overwrite true to "
+            "start afresh, or another --save_dir and --log_dir"
         )
 
 
@@ -247,37 +325,42 @@ def set_up(cfg, run_name: str, tasks: list[str]):
     where the run is finished.
     """
     stop, state = StopSignals(), RunState(state_folder(cfg, run_name))
-    with run_lock([cfg.save_dir, cfg.log_dir], run_name), stop.installed():
-        _, model_config, *rows = _gather(
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(joined())
+        lock = run_lock([cfg.save_dir, cfg.log_dir], run_name)
+        all_succeed([partial(stack.enter_context, lock)] if is_first() else [])
+        stack.enter_context(stop.installed())
+        model_config, device, _, *rows = all_succeed(
             [
-                partial(check_outputs, cfg, run_name),
                 partial(check_model, cfg),
+                partial(select_device, cfg.device),
+                *([partial(check_outputs, cfg, run_name)] if is_first() else [lambda: None]),
                 *(partial(read_jsonl, cfg.data_path(task)) for task in tasks),
             ]
         )
-        device = select_device(cfg.device)
-        check_device(cfg, device)
+        all_succeed([partial(check_device, cfg, device)])
         about_base = describe_base(cfg)
         identity = run_identity(cfg, tasks, about_base, model_dtype(cfg, device))
-        saved = None if cfg.overwrite else state.load()
-        if saved:
-            _check_identity(state.folder, saved[0]["identity"], identity)
-            if saved[0]["position"].get("finished"):
-                raise NothingToDo(
-                    f"this run is finished: see {cfg.log_dir}; --overwrite true does it again"
-                )
+        (saved,) = all_succeed([state.load if is_first() and not cfg.overwrite else lambda: None])
+        saved, first = from_first((saved, identity))
+        known = saved and saved[0]["identity"]
+        all_succeed([partial(_check_identity, state.folder, known, first, identity)])
+        if saved and saved[0]["position"].get("finished"):
+            raise NothingToDo(
+                f"this run is finished: see {cfg.log_dir}; --overwrite true does it again"
+            )
         tokenizer = load_tokenizer(cfg)
         checks = [
             partial(prepare_task, cfg, tokenizer, *pair) for pair in zip(tasks, rows, strict=True)
         ]
-        data = dict(zip(tasks, _gather(checks), strict=True))
+        data = dict(zip(tasks, all_succeed(checks), strict=True))
         # The branches, without weights: what is wrong with them shows before a model is loaded.
-        plan = _inject(cfg, skeleton(model_config))
-        check_disk(cfg, plan, len(tasks))
+        (plan,) = all_succeed([lambda: _inject(cfg, skeleton(model_config))])
+        all_succeed([partial(check_disk, cfg, plan, len(tasks))] if is_first() else [])
         if cfg.dry_run:
             report_plan(cfg, plan, data, device, saved and saved[0])
             raise NothingToDo("dry run: nothing was trained")
-        model = load_model(cfg, device)
+        (model,) = all_succeed([partial(load_model, cfg, device)])
         torch.manual_seed(cfg.seed)
         _inject(cfg, model)
         if cfg.gradient_checkpointing:
@@ -287,9 +370,11 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         if saved:
             session.resume(*saved)
             print(f"going on from {state.folder}")
-        else:
+        elif is_first():
             clear_outputs(cfg, run_name)
             session.save()
+        for task, samples in data.items():
+            session.keep_prefix(samples.held_out, f"frozen layers, {task} held out")
         with contextlib.closing(session):
             yield session
 
@@ -305,67 +390,3 @@ def enable_checkpointing(model: nn.Module) -> None:
     for layer in find_decoder_layers(model)[1]:
         if not any(p.requires_grad for p in layer.parameters()):
             layer.gradient_checkpointing = False
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, frozen) parameters."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters()) - trainable
-
-
-def describe_parameters(model: nn.Module) -> str:
-    """Trainable and frozen parameters, in words."""
-    trainable, frozen = count_parameters(model)
-    return f"{trainable:,} trainable parameters, {frozen:,} frozen"
-
-
-def disk_bytes(cfg, model: nn.Module, num_tasks: int) -> int:
-    """About what a run writes: checkpoints, and states of branches, AdamW and probes."""
-    branches = 4 * count_parameters(model)[0]
-    probes = cfg.probe_size_per_task * min(cfg.max_seq_len, 256) * (6 * (cfg.kd_top_k or 1000) + 12)
-    tokenizer = 8 * 2**20
-    return num_tasks * cfg.num_epochs * (branches + tokenizer) + 3 * (3 * branches + probes)
-
-
-def check_disk(cfg, model: nn.Module, num_tasks: int) -> None:
-    """Raises `UserError` where the run's files would not fit."""
-    needed, free = disk_bytes(cfg, model, num_tasks), shutil.disk_usage(cfg.save_dir).free
-    if free < needed:
-        raise UserError(
-            f"{cfg.save_dir}: {free / 2**20:,.0f} MiB are free and a run may take "
-            f"{needed / 2**20:,.0f} MiB; make room, or give another --save_dir"
-        )
-
-
-def report_plan(
-    cfg, model: nn.Module, data: dict[str, TaskData], device, saved: dict | None
-) -> None:
-    """Prints what a run would do and take; `model` is without weights."""
-    for task, samples in data.items():
-        _, steps = count_steps(cfg, len(samples.train))
-        print(f"{task}: {steps} optimizer steps, {sum(samples.train.lengths):,} tokens an epoch")
-    dtype = model_dtype(cfg, device)
-    width = {"none": dtype.itemsize, "8bit": 1, "4bit": 0.56}[cfg.quantization]
-    trainable, frozen = count_parameters(model)
-    longest = max(max(samples.train.lengths) for samples in data.values())
-    tokens = max(cfg.tokens_per_pass, longest)
-    config = model.config.get_text_config()
-    upper = config.num_hidden_layers - cfg.num_frozen_layers
-    # About 18 activations of the hidden width a layer and token are kept for the backward; the
-    # logits of up to half the tokens pass through in five copies of up to four bytes.
-    kept = 1 if cfg.gradient_checkpointing else 18
-    activations = tokens * upper * config.hidden_size * kept * dtype.itemsize
-    memory = frozen * width + 16 * trainable + activations + tokens / 2 * config.vocab_size * 16
-    print(f"{device}, {dtype}: {describe_parameters(model)}")
-    print(f"about {memory / 2**30:.1f} GiB of {device.type} memory with --tokens_per_pass {tokens}")
-    print(f"about {disk_bytes(cfg, model, len(data)) / 2**20:,.0f} MiB of disk in {cfg.save_dir}")
-    if saved:
-        step = (saved["training"] or {}).get("step", 0)
-        print(f"a saved state would be resumed: {saved['position']}, step {step} of the task")
-
-
-def count_steps(cfg, num_samples: int) -> tuple[int, int]:
-    """(optimizer steps of an epoch, of the task) for `num_samples` training samples."""
-    per_epoch = -(-num_samples // cfg.samples_per_step)
-    total = cfg.num_epochs * per_epoch
-    return per_epoch, min(total, cfg.max_steps_per_task or total)

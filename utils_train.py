@@ -3,7 +3,7 @@
 import hashlib
 import math
 import random
-import sys
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from configs.base_config import Stopped, UserError
+from configs.base_config import Stopped, UserError, num_processes
 from models.ds_lora import get_ds_lora_param_groups
 from models.slsd import evaluation, response_logits
 from utils_checkpoint import JsonlLog
 from utils_data import IGNORE
-from utils_session import Session, count_steps
+from utils_distributed import gather, rank, shows_progress, sum_gradients, sum_over_processes
+from utils_plan import count_steps
+from utils_session import Session
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -74,8 +76,9 @@ class _Progress(tqdm):
     """A bar on a terminal, a line for each log line elsewhere."""
 
     def __init__(self, task: str, total: int, done: int):
-        shown = sys.stderr.isatty()
-        super().__init__(desc=task, total=total, initial=done, unit="step", disable=not shown)
+        super().__init__(
+            desc=task, total=total, initial=done, unit="step", disable=not shows_progress()
+        )
 
     def report(self, line: dict) -> None:
         """Shows what is logged: loss and kd_loss in nats per response token."""
@@ -97,28 +100,62 @@ def clip_grad_norm(params: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     return nn.utils.clip_grad_norm_(params, max_norm or math.inf)
 
 
-def _check_finite(where, values: torch.Tensor, passes: list[list[str]], may_overflow: bool) -> bool:
-    """Whether all `values` are finite: a loss for each of `passes`, the KD loss and the two norms.
+class _Watch:
+    """Looks for numbers that are not finite, and asks the device only when it has to.
 
-    Raises `UserError` where one is not, unless a gradient overflowed that may.
+    Args:
+        task: named in errors.
+        may_overflow: gradients may, MAX_SKIPPED_IN_A_ROW times: fp16 loss scaling skips the step.
+        skipped: steps skipped in a row so far.
     """
-    finite = torch.isfinite(values).tolist()
-    losses, kd_is_finite, norms = (
-        finite[: len(passes)],
-        finite[len(passes)],
-        finite[len(passes) + 1 :],
-    )
-    cure = "lower lr_slow, lr_fast or max_seq_len, or give --dtype float32"
-    for is_finite, ids in zip(losses, passes, strict=True):
-        if not is_finite:
-            names = ", ".join(sample_id[:12] for sample_id in ids)
-            raise UserError(f"{where}: the loss is not finite on the samples {names}; {cure}")
-    if not kd_is_finite:
-        raise UserError(f"{where}: the distillation loss is not finite; lower kd_lambda, {cure}")
-    # With fp16 loss scaling an overflow is expected: the scaler skips the step and scales less.
-    if not all(norms) and not may_overflow:
-        raise UserError(f"{where}: a gradient is not finite; {cure}")
-    return all(norms)
+
+    def __init__(self, task: str, may_overflow: bool, skipped: int = 0):
+        self.task, self.may_overflow, self.skipped = task, may_overflow, skipped
+        self._steps: list[tuple] = []
+
+    def add(self, step: int, losses: list, passes: list[list[str]], sums: list) -> None:
+        """A step's loss of each pass here, the ids in it, and [loss, KD loss, norms] of all."""
+        self._steps.append((step, losses, passes, sums))
+
+    def check(self) -> None:
+        """Raises `UserError` for the first step since the last check that has such a number.
+
+        Every process has the same sums, and so the same answer.
+        """
+        steps, self._steps = self._steps, []
+        if not steps:
+            return
+        sums = torch.isfinite(torch.stack([torch.stack(sums) for *_, sums in steps])).tolist()
+        for (step, losses, passes, _), finite in zip(steps, sums, strict=True):
+            loss_is_finite, kd_is_finite, *norms = finite
+            where = f"{self.task}, step {step + 1}"
+            cure = "lower lr_slow, lr_fast or max_seq_len, or give --dtype float32"
+            if not loss_is_finite:
+                bad = [
+                    sample_id[:12]
+                    for loss, ids in zip(losses, passes, strict=True)
+                    if not torch.isfinite(loss)
+                    for sample_id in ids
+                ]
+                names = ", ".join(name for listed in gather(bad) for name in listed)
+                raise UserError(f"{where}: the loss is not finite on the samples {names}; {cure}")
+            if not kd_is_finite:
+                raise UserError(
+                    f"{where}: the distillation loss is not finite; lower kd_lambda, {cure}"
+                )
+            if not all(norms) and not self.may_overflow:
+                raise UserError(f"{where}: a gradient is not finite; {cure}")
+            self.skipped = 0 if all(norms) else self.skipped + 1
+            if self.skipped == MAX_SKIPPED_IN_A_ROW:
+                raise UserError(
+                    f"{where}: {self.skipped} overflows in a row in float16; give --dtype float32 "
+                    "or bfloat16"
+                )
+
+
+def data_order(seed: int, task: str, epoch: int, num_samples: int) -> list[int]:
+    """The order in which an epoch, from 0, visits the training samples."""
+    return random.Random(f"{seed}/{task}/{epoch}").sample(range(num_samples), num_samples)
 
 
 def train_task(
@@ -148,21 +185,22 @@ def train_task(
     model, samples = session.model, session.data[task].train
     per_epoch, total = count_steps(cfg, len(samples))
     groups, slow, fast = get_ds_lora_param_groups(model, cfg.lr_slow, cfg.lr_fast, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, fused=session.device.type == "cuda")
     scaler = torch.amp.GradScaler(session.device.type, enabled=model.dtype == torch.float16)
-    start, skipped, window = 0, 0, _Window()
+    start, window, watch = 0, _Window(), _Watch(task, scaler.is_enabled())
     if session.training:
         (facts, parts), session.training = session.training, None
-        start, skipped, window = facts["step"], facts["skipped"], _Window(facts["window"])
+        start, window, watch.skipped = facts["step"], _Window(facts["window"]), facts["skipped"]
         scaler.load_state_dict(facts["scaler"])
         load_optimizer(optimizer, parts["optimizer"])
     # Only now: loading a state makes new groups.
     groups = optimizer.param_groups
 
     def save(step: int) -> None:
+        watch.check()
         training = {
             "step": step,
-            "skipped": skipped,
+            "skipped": watch.skipped,
             "window": window.state(),
             "scaler": scaler.state_dict(),
         }
@@ -175,24 +213,23 @@ def train_task(
     def gradients(step: int, step_samples: list[dict], tokens: int):
         """Leaves the gradients of one step; returns the losses of its passes and the KD loss."""
         optimizer.zero_grad()
-        seed_torch(cfg.seed, task, step)
+        seed_torch(cfg.seed, task, step, *([rank()] if rank() else []))
         kd = aux.aux_backward(step, backward) if aux else None
         losses, passes = [], []
-        for indices, batch in session.make_passes(step_samples):
-            logits, targets = response_logits(model, **batch)
+        for indices, batch, targets in session.make_passes(step_samples):
+            logits = response_logits(model, **batch)
             loss = F.cross_entropy(logits.float(), targets, reduction="sum")
             backward(loss / tokens)
             losses.append(loss.detach())
             passes.append([step_samples[i]["id"] for i in indices])
-        return losses, passes, kd or (torch.zeros((), device=session.device), 0)
+        return losses, passes, kd or (0.0, 0)
 
     model.train()
     with _Progress(task, total, start) as progress:
         for step in range(start, total):
             epoch, position = divmod(step, per_epoch)
             if position == 0 or step == start:
-                shuffler = random.Random(f"{cfg.seed}/{task}/{epoch}")
-                order = shuffler.sample(range(len(samples)), len(samples))
+                order = data_order(cfg.seed, task, epoch, len(samples))
             first = position * cfg.samples_per_step
             step_samples = [samples[i] for i in order[first : first + cfg.samples_per_step]]
             tokens = sum(int((sample["labels"] != IGNORE).sum()) for sample in step_samples)
@@ -208,25 +245,28 @@ def train_task(
                 # The step is done again from its beginning: its gradients are not saved.
                 save(step)
                 raise
+            stop = bool(session.stop.received)
+            loss_sum, kd_sum, stops = sum_gradients(slow + fast, sum(losses), kd_sum, stop)
             scaler.unscale_(optimizer)
             norms = [clip_grad_norm(params, cfg.max_grad_norm) for params in (slow, fast)]
-            values = torch.stack([*losses, kd_sum, *norms])
-            finite = _check_finite(f"{task}, step {step + 1}", values, passes, scaler.is_enabled())
-            skipped = 0 if finite else skipped + 1
-            if skipped == MAX_SKIPPED_IN_A_ROW:
-                raise UserError(
-                    f"{task}, step {step + 1}: {skipped} overflows in a row in float16; give "
-                    "--dtype float32 or bfloat16"
-                )
+            watch.add(step, losses, passes, [loss_sum, kd_sum, *norms])
+            last, ends_epoch = step + 1 == total, position + 1 == per_epoch or step + 1 == total
+            logs = (step + 1) % cfg.logging_steps == 0 or last
+            # A wish of one process is told to all: none of them waits for one that has left.
+            stopping = num_processes() > 1 and stops > 0
+            saves = (step + 1) % cfg.save_steps == 0 or last or stopping
+            # Before these gradients reach the weights, and before a number goes to the disk.
+            if logs or saves or ends_epoch:
+                watch.check()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
-            window.add("loss", sum(losses), tokens)
+            window.add("loss", loss_sum, tokens)
             window.add("kd", kd_sum, kd_tokens)
             window.tokens["all"] += sum(len(sample["input_ids"]) for sample in step_samples)
             progress.update()
-            if (step + 1) % cfg.logging_steps == 0 or step + 1 == total:
+            if logs:
                 line = {
                     "task": task,
                     "epoch": epoch + 1,
@@ -247,11 +287,13 @@ def train_task(
                 progress.report(line)
                 window = _Window()
             pause = time.perf_counter()
-            if on_epoch_end and (position + 1 == per_epoch or step + 1 == total):
+            if on_epoch_end and ends_epoch:
                 on_epoch_end(epoch + 1)
                 model.train()
-            if (step + 1) % cfg.save_steps == 0 or step + 1 == total:
+            if saves:
                 save(step + 1)
+            if stopping:
+                raise Stopped(session.stop.received or signal.SIGTERM)
             window.started += time.perf_counter() - pause
     model.eval()
 
@@ -277,28 +319,30 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
 def evaluate_loss(session: Session, samples, description: str = "evaluating") -> dict:
     """{"loss": nats per response token, "tokens": response tokens} of the model over `samples`.
 
-    Weighted by tokens, whatever the passes; the model's mode is restored.
+    Weighted by tokens, whatever the passes and processes; the model's mode is restored.
     """
 
     def run() -> tuple[torch.Tensor, int]:
         total, tokens = torch.zeros((), dtype=torch.float64, device=session.device), 0
         progress = tqdm(
-            total=len(samples),
+            total=len(samples) // num_processes(),
             desc=description,
             unit="sample",
             leave=False,
-            disable=not sys.stderr.isatty(),
+            disable=not shows_progress(),
         )
         with evaluation(session.model), progress:
-            for indices, batch in session.make_passes(samples):
-                logits, targets = response_logits(session.model, **batch)
+            for indices, batch, targets in session.make_passes(samples):
+                logits = response_logits(session.model, **batch)
                 total += F.cross_entropy(logits.float(), targets, reduction="sum").double()
                 tokens += len(targets)
                 progress.update(len(indices))
         return total, tokens
 
-    total, tokens = session.with_less_memory(run)
-    loss = float(total) / tokens
+    local = torch.tensor(session.with_less_memory(run), dtype=torch.float64)
+    total, tokens = sum_over_processes(local).tolist()
+    tokens = int(tokens)
+    loss = total / tokens
     if not math.isfinite(loss):
         raise UserError(f"{description}: the loss is not finite; give --dtype float32")
     return {"loss": loss, "tokens": tokens}

@@ -5,6 +5,7 @@ import errno
 import functools
 import importlib
 import math
+import os
 import re
 import signal
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import torch.distributed as dist
 from transformers import HfArgumentParser
 
 TASKS = ("T1_general", "T2_math", "T3_code", "T4_tool", "T5_safety")
@@ -20,8 +22,8 @@ TASKS = ("T1_general", "T2_math", "T3_code", "T4_tool", "T5_safety")
 
 # Fields that say where and how fast, but not what comes out: a run may be resumed with others.
 NOT_RESULTS = (
-    "model_name device tokens_per_pass gradient_checkpointing logging_steps save_steps data_dir "
-    "log_dir save_dir overwrite dry_run"
+    "model_name device tokens_per_pass prefix_cache_gib gradient_checkpointing logging_steps "
+    "save_steps data_dir log_dir save_dir overwrite dry_run"
 ).split()
 
 
@@ -39,6 +41,11 @@ class Stopped(Exception):
     def __init__(self, signal_number: int):
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
         self.exit_code = 128 + signal_number
+
+
+def num_processes() -> int:
+    """Processes of this run, as torchrun or accelerate launch started them."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def knob(default, help: str):
@@ -125,7 +132,7 @@ class BaseConfig:
         64, "teacher logits kept per response token; all others are one class; 0: the vocabulary"
     )
     kd_batch_size: int = knob(4, "probes distilled at a step")
-    kd_every: int = knob(1, "optimizer steps from one distillation to the next")
+    kd_every: int = knob(4, "optimizer steps from one distillation to the next")
     probe_size_per_task: int = knob(500, "most probes kept per task")
     probe_pool_factor: int = knob(
         2, "the probes are chosen among this many times probe_size_per_task samples"
@@ -149,13 +156,18 @@ class BaseConfig:
     )
 
     per_device_batch_size: int = knob(
-        1, "times gradient_accumulation_steps: the samples of an optimizer step"
+        1, "times gradient_accumulation_steps and processes: the samples of an optimizer step"
     )
     gradient_accumulation_steps: int = knob(
         16, "see per_device_batch_size; how samples are cut into passes is tokens_per_pass"
     )
     tokens_per_pass: int = knob(
         2048, "tokens, padding included, of one forward pass: a matter of memory, not of results"
+    )
+    prefix_cache_gib: float = knob(
+        -1.0,
+        "GiB of host memory for the frozen layers' output, which later epochs, evaluation and "
+        "probes start from; -1: what is free, with a margin; 0: none",
     )
     gradient_checkpointing: bool = knob(
         False, "recompute the upper layers in the backward: less memory, a third more time"
@@ -205,6 +217,11 @@ class BaseConfig:
         for name in ("lr_slow", "lr_fast", "kd_temperature"):
             value = getattr(self, name)
             need(math.isfinite(value) and value > 0, name, "give a positive number")
+        need(
+            self.prefix_cache_gib == -1 or 0 <= self.prefix_cache_gib < math.inf,
+            "prefix_cache_gib",
+            "give -1, 0 or a positive number",
+        )
         need(0 <= self.lora_dropout < 1, "lora_dropout", "give 0 or more, below 1")
         need(0 <= self.warmup_ratio <= 1, "warmup_ratio", "give a number from 0 to 1")
         need(0 < self.holdout_fraction < 1, "holdout_fraction", "give more than 0 and below 1")
@@ -249,8 +266,8 @@ class BaseConfig:
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of one optimizer step."""
-        return self.per_device_batch_size * self.gradient_accumulation_steps
+        """Samples of one optimizer step, over all processes."""
+        return self.per_device_batch_size * self.gradient_accumulation_steps * num_processes()
 
 
 class _Parser(HfArgumentParser):
@@ -342,8 +359,10 @@ def command_line(main):
         try:
             main(argv)
         except UserError as error:
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+            # Until the processes of a run have joined, each of them says the same.
+            if int(os.environ.get("RANK", 0)) == 0 or dist.is_initialized():
+                for line in str(error).splitlines():
+                    print(f"error: {line}", file=sys.stderr)
             return 2
         except NothingToDo as reason:
             print(reason)

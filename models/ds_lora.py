@@ -18,6 +18,16 @@ from torch import nn
 BRANCHES = ("slow", "fast")
 
 
+class InputDropout(nn.Dropout):
+    """`nn.Dropout`; on a CPU from uniform numbers, which are drawn in half Bernoulli's time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu" or not self.training or self.p == 0:
+            return super().forward(x)
+        kept = torch.rand(x.shape, dtype=torch.float32).ge_(self.p).div_(1 - self.p)
+        return x * kept.to(x.dtype)
+
+
 class DSLoRALinear(nn.Module):
     """A frozen linear layer with a slow and a fast LoRA branch.
 
@@ -36,7 +46,7 @@ class DSLoRALinear(nn.Module):
         self.base_layer = base_layer
         self.r, self.alpha = r, alpha
         self.scaling = alpha / r
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = InputDropout(dropout)
         self.active = BRANCHES
         device = base_layer.weight.device
         for branch in BRANCHES:

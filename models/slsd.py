@@ -17,35 +17,37 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 
-def response_logits(model, input_ids: torch.Tensor, labels: torch.Tensor):
-    """Logits that predict response tokens, and those tokens, row by row.
+def response_logits(
+    model, input_ids: torch.Tensor, positions: torch.Tensor, start=contextlib.nullcontext
+) -> torch.Tensor:
+    """Logits at the positions that predict response tokens, row by row.
 
     Only these positions meet the vocabulary: a hook in front of the output embedding selects them,
     which is exact for every family, whatever the model does to its logits afterwards.
 
     Args:
         input_ids: (batch, length) long, padded on the right; a causal mask needs no other mask.
-        labels: (batch, length) long, -100 where a position is no response token.
+        positions: (n,) long, into the flattened batch.
+        start: makes a context in which the model runs, see `FrozenPrefix.start`.
 
     Returns:
-        logits (n, vocabulary) in the model's dtype, targets (n,) long.
+        (n, vocabulary) in the model's dtype.
     """
-    following = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    predicts = following != -100
     hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: (args[0][predicts],)
+        lambda _, args: (args[0].flatten(0, 1)[positions],)
     )
     try:
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        with start():
+            return model(input_ids=input_ids, use_cache=False).logits
     finally:
         hook.remove()
-    return logits, following[predicts]
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """H(softmax(logits)) in nats: (n, vocabulary) any float dtype -> (n,) fp32."""
     log_p = logits.float().log_softmax(-1)
-    return -torch.xlogy(log_p.exp(), log_p.exp()).sum(-1)
+    # 0 log 0 = 0: the clamp spares a class without mass from being 0 times infinity.
+    return -(log_p.exp() * log_p.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
 
 
 def choose_probes(entropies: list[float], threshold: float, size: int) -> list[int]:
@@ -71,10 +73,24 @@ def coarsen(logits: torch.Tensor, k: int, temperature: float = 1.0):
     """
     vocabulary = logits.shape[-1]
     k = min(k, vocabulary) or vocabulary
-    log_probs, ids = (logits.float() / temperature).log_softmax(-1).topk(k)
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    kept, ids = scaled.topk(k)
+    log_probs = kept - scaled.logsumexp(-1, keepdim=True)
     if k == vocabulary:
         return log_probs, ids, torch.full_like(log_probs[:, 0], -math.inf)
     return log_probs, ids, _log_of_rest(log_probs.logsumexp(-1))
+
+
+def compact(log_probs: torch.Tensor, ids: torch.Tensor, log_tail: torch.Tensor):
+    """`coarsen`'s answers in the dtypes in which they are kept: fp16, int32, fp32."""
+    return log_probs.half(), ids.int(), log_tail.float()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`, where it arrives in the order of the work there: nothing waits."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def kd_loss(
@@ -97,7 +113,7 @@ def kd_loss(
     Returns:
         A scalar, fp32, nats.
     """
-    student = logits.float() / temperature
+    student = logits.float() if temperature == 1 else logits.float() / temperature
     kept = student.gather(-1, ids) - student.logsumexp(-1, keepdim=True)
     # The tail's gradient is infinite where the student leaves it no mass: fp32 cannot tell less
     # than its own rounding apart, and where the teacher has no tail there is none to follow.
@@ -161,7 +177,7 @@ class ProbeBuffer:
 
     @classmethod
     def build(cls, samples: list[dict], answers: list[tuple]) -> "ProbeBuffer":
-        """From samples ("id" hex, "input_ids", "labels") and their `coarsen(...)` answers."""
+        """From samples ("id" hex, "input_ids", "labels") and `compact(*coarsen(...))`."""
         labels = [sample["labels"] for sample in samples]
         log_probs, ids, log_tail = (torch.cat(parts) for parts in zip(*answers, strict=True))
         return cls(
@@ -171,9 +187,9 @@ class ProbeBuffer:
             lengths=torch.tensor([len(row) for row in labels]),
             response_lengths=torch.tensor([int((row != -100).sum()) for row in labels]),
             input_ids=torch.cat([s["input_ids"] for s in samples]).int(),
-            log_probs=log_probs.half(),
-            ids=ids.int(),
-            log_tail=log_tail.float(),
+            log_probs=log_probs,
+            ids=ids,
+            log_tail=log_tail,
         )
 
     def __len__(self) -> int:
@@ -222,7 +238,9 @@ class SLSD:
     Args:
         model: the student; before a task's first step it is its own teacher.
         fast_params: parameters of the fast branch, which distillation must not move.
-        make_passes: cuts samples into passes: yields (their indices, {"input_ids", "labels"}).
+        make_passes: cuts this process's share of some samples into passes: yields (their indices,
+            arguments of `response_logits`, target tokens).
+        gather: returns what each process gave it.
         weight: lambda, of the distillation loss in the slow branch's loss.
         temperature, top_k: of the cached answers, see `coarsen`.
         batch_size, every: probes distilled, every so many optimizer steps.
@@ -236,6 +254,7 @@ class SLSD:
         model: nn.Module,
         fast_params: list[nn.Parameter],
         make_passes,
+        gather,
         *,
         weight: float,
         temperature: float,
@@ -247,7 +266,8 @@ class SLSD:
         threshold: float,
         seed: int,
     ):
-        self.model, self.fast_params, self.make_passes = model, fast_params, make_passes
+        self.model, self.fast_params = model, fast_params
+        self.make_passes, self.gather = make_passes, gather
         self.weight, self.temperature, self.top_k = weight, temperature, top_k
         self.batch_size, self.every = batch_size, every
         self.probe_size, self.pool_factor, self.threshold = probe_size, pool_factor, threshold
@@ -265,17 +285,21 @@ class SLSD:
             range(len(samples)), len(samples)
         )
         pool = [samples[i] for i in shuffled[: self.pool_factor * self.probe_size]]
-        self.pool_entropies, answers = [math.nan] * len(pool), [None] * len(pool)
+        entropies, answers = {}, {}
         with evaluation(self.model):
-            for indices, batch in self.make_passes(pool):
-                logits, _ = response_logits(self.model, **batch)
-                counts = (batch["labels"][:, 1:] != -100).sum(1).tolist()
-                for i, of_sample in zip(indices, logits.split(counts), strict=True):
-                    self.pool_entropies[i] = entropy(of_sample).mean().item()
-                    answers[i] = tuple(
-                        part.cpu() for part in coarsen(of_sample, self.top_k, self.temperature)
-                    )
+            for indices, batch, _ in self.make_passes(pool):
+                logits = response_logits(self.model, **batch)
+                counts = [int((pool[i]["labels"] != -100).sum()) for i in indices]
+                parts = [entropy(logits), *coarsen(logits, self.top_k, self.temperature)]
+                of_samples = zip(*(part.cpu().split(counts) for part in parts), strict=True)
+                for i, (entropy_of, *answer) in zip(indices, of_samples, strict=True):
+                    entropies[i], answers[i] = entropy_of.mean().item(), compact(*answer)
+        entropies = {i: s for part in self.gather(entropies) for i, s in part.items()}
+        self.pool_entropies = [entropies[i] for i in range(len(pool))]
         chosen = choose_probes(self.pool_entropies, self.threshold, self.probe_size)
+        # Every process holds the same buffer.
+        own = {i: answers[i] for i in chosen if i in answers}
+        answers = {i: answer for part in self.gather(own) for i, answer in part.items()}
         # Kept in the pool's random order, so that each distillation batch mixes sure and less sure.
         chosen.sort()
         self.buffer = None
@@ -293,7 +317,8 @@ class SLSD:
             backward: called with each part of the loss; carries loss scaling.
 
         Returns:
-            (summed KL in nats, a detached scalar; response tokens), or None where nothing is due.
+            (summed KL in nats over this process's probes, a detached scalar; response tokens of
+            all processes), or None where nothing is due.
         """
         if self.buffer is None or self.weight == 0 or step % self.every:
             return None
@@ -302,12 +327,12 @@ class SLSD:
         size = min(self.batch_size, len(self.buffer))
         chosen = [(start + j) % len(self.buffer) for j in range(size)]
         tokens = sum(int(self.buffer.response_lengths[i]) for i in chosen)
-        total = 0.0
+        total = torch.zeros((), device=self.fast_params[0].device)
         with dropout_off(self.model):
-            for indices, batch in self.make_passes([self.buffer.sample(i) for i in chosen]):
-                logits, _ = response_logits(self.model, **batch)
+            for indices, batch, _ in self.make_passes([self.buffer.sample(i) for i in chosen]):
+                logits = response_logits(self.model, **batch)
                 answers = zip(*(self.buffer.answers(chosen[i]) for i in indices), strict=True)
-                teacher = [torch.cat(parts).to(logits.device) for parts in answers]
+                teacher = [to_device(torch.cat(parts), logits.device) for parts in answers]
                 loss = kd_loss(logits, *teacher, self.temperature)
                 backward(self.weight / tokens * loss)
                 total = total + loss.detach()

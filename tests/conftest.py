@@ -145,6 +145,7 @@ def run_settings(model_folder, data_folder, tmp_path) -> dict:
         "max_seq_len": 64,
         "probe_size_per_task": 4,
         "kd_batch_size": 2,
+        "kd_every": 1,
         "entropy_threshold": 100.0,
         "logging_steps": 1,
         "log_dir": str(tmp_path / "logs"),

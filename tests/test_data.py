@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.base_config import UserError
 from utils_data import (
+    PASS_COST,
     InstructionDataset,
     PromptTemplate,
     collate_fn,
@@ -167,19 +168,34 @@ def test_the_split_depends_on_the_text_alone():
     assert fraction == pytest.approx(0x59B271 / 2**24, abs=2**-24)
 
 
-def test_passes_hold_every_sample_once_within_the_budget(tokenizer):
+@pytest.mark.parametrize("shares", [1, 3])
+@pytest.mark.parametrize("budget", [1, 100, 10**6])
+def test_passes_hold_every_sample_once_within_the_budget(tokenizer, budget, shares):
     rows = [{**ROW, "input": "x " * (7 * i % 40)} for i in range(50)]
     data = InstructionDataset(rows, tokenizer, 128)
-    for budget in (1, 100, 10**6):
-        seen, longest = [], 10**9
-        for indices, batch in make_passes(data, budget, pad_token_id=2, device="cpu"):
+    seen, tokens, padding = [], [], 0
+    for share in range(shares):
+        longest = 10**9
+        cut = make_passes(data, budget, 2, torch.device("cpu"), (share, shares))
+        tokens.append(0)
+        for indices, batch, targets in cut:
             seen += indices
-            assert batch["input_ids"].numel() <= budget or len(indices) == 1
+            size = batch["input_ids"].numel()
+            assert size <= budget or len(indices) == 1
             assert batch["input_ids"].shape[1] <= longest
             longest = batch["input_ids"].shape[1]
+            expected = []
             for i, ids in zip(indices, batch["input_ids"], strict=True):
                 assert torch.equal(ids[: data.lengths[i]], data[i]["input_ids"])
-        assert sorted(seen) == list(range(50))
+                expected += [t for t in data[i]["labels"].tolist() if t != -100]
+            assert targets.tolist() == expected
+            following = batch["input_ids"].flatten()[batch["positions"] + 1]
+            assert torch.equal(following, targets)
+            real = sum(data.lengths[i] for i in indices)
+            tokens[-1] += real
+            padding = max(padding, size - real)
+    assert sorted(seen) == list(range(50))
+    assert padding <= PASS_COST and max(tokens) - min(tokens) <= 128
 
 
 def test_a_bom_crlf_blank_lines_and_line_separators_are_fine(tmp_path):

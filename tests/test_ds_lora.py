@@ -20,6 +20,7 @@ from transformers import Gemma2Config as Gemma2
 from models.ds_lora import (
     BRANCHES,
     DSLoRALinear,
+    InputDropout,
     branch_off,
     branch_parameters,
     ds_lora_layers,
@@ -72,6 +73,19 @@ def test_the_base_layer_is_the_same_object():
     layer = DSLoRALinear(base, r=2, alpha=4)
     assert layer.base_layer is base and layer.weight is base.weight and layer.bias is base.bias
     assert layer.scaling == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_mean_and_off_it_changes_nothing(dtype):
+    dropout = InputDropout(0.25)
+    x = torch.full((400, 500), 3.0, dtype=dtype, requires_grad=True)
+    torch.manual_seed(0)
+    y = dropout(x)
+    assert y.dtype == dtype and set(y.unique().tolist()) == {0.0, 4.0}
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
+    y.sum().backward()
+    assert torch.equal(x.grad * 3, y)
+    assert torch.equal(dropout.eval()(x), x) and torch.equal(InputDropout(0.0)(x), x)
 
 
 def test_dropout_acts_on_the_branches_only():

@@ -18,6 +18,7 @@ from test_scripts import contents, errors, read
 import train_single_task
 import train_slsd_seq
 import utils_checkpoint
+import utils_plan
 import utils_session
 from utils_checkpoint import JsonlLog, RunState, run_lock
 
@@ -259,7 +260,7 @@ def test_too_little_space_and_a_read_only_folder_are_found_before_training(
     seq_flags, tmp_path, monkeypatch, capsys
 ):
     usage = shutil._ntuple_diskusage(100, 99, 1)
-    monkeypatch.setattr(utils_session.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(utils_plan.shutil, "disk_usage", lambda _: usage)
     assert train_slsd_seq.main(seq_flags("cut")) == 2
     assert "make room" in errors(capsys)[0]
     (tmp_path / "file").write_text("")
@@ -318,13 +319,13 @@ def test_out_of_memory_halves_the_passes_and_repeats_the_step(
     original = utils_session.make_passes
 
     def limited(samples, tokens_per_pass, *rest):
-        for indices, batch in original(samples, tokens_per_pass, *rest):
-            yield indices, batch
+        for indices, batch, targets in original(samples, tokens_per_pass, *rest):
+            yield indices, batch, targets
             if batch["input_ids"].numel() > 60 and len(indices) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(utils_session, "make_passes", limited)
-    changes = {"lora_dropout": 0.0, "task_order": ["T2_math"], "save_steps": 1}
+    changes = {"lora_dropout": 0.0, "task_order": ["T2_math"], "prefix_cache_gib": 0.0}
     assert train_slsd_seq.main(seq_flags("small", **changes, tokens_per_pass=200)) == 0
     printed = capsys.readouterr().out
     assert "going on with --tokens_per_pass 100" in printed
@@ -340,7 +341,7 @@ def test_one_sample_that_is_too_much_is_an_error_with_its_cures(seq_flags, monke
         yield
 
     monkeypatch.setattr(utils_session, "make_passes", failing)
-    assert train_slsd_seq.main(seq_flags("cut")) == 2
+    assert train_slsd_seq.main(seq_flags("cut", prefix_cache_gib=0.0)) == 2
     assert "--max_seq_len" in errors(capsys)[0]
 
 

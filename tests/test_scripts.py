@@ -52,7 +52,7 @@ def command(*argv, **env):
 SETTINGS = (
     "--use_toy_data --device cpu --num_frozen_layers 2 --lora_r 4 --num_epochs 1 --max_seq_len 64 "
     "--gradient_accumulation_steps 8 --logging_steps 2 --entropy_threshold 99 --lr_slow 1e-3 "
-    "--probe_size_per_task 4 --holdout_fraction 0.3 --lr_fast 5e-3 "
+    "--probe_size_per_task 4 --holdout_fraction 0.3 --lr_fast 5e-3 --kd_every 1 "
     "--lora_target_modules q_proj v_proj"
 )
 SEQUENCE: list[str] = []

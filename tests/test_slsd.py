@@ -37,7 +37,7 @@ def make_samples(lengths, seed=0):
 
 
 def passes(samples, tokens_per_pass=40):
-    return make_passes(samples, tokens_per_pass, pad_token_id=2, device="cpu")
+    return make_passes(samples, tokens_per_pass, pad_token_id=2, device=torch.device("cpu"))
 
 
 def make_slsd(model, **changes):
@@ -52,7 +52,8 @@ def make_slsd(model, **changes):
         "threshold": 100.0,
         "seed": 0,
     }
-    return SLSD(model, branch_parameters(model, "fast"), passes, **{**settings, **changes})
+    alone = [branch_parameters(model, "fast"), passes, lambda value: [value]]
+    return SLSD(model, *alone, **{**settings, **changes})
 
 
 def slow_position_kl(teacher, student):
@@ -64,9 +65,9 @@ def slow_position_kl(teacher, student):
 def test_response_logits_are_those_of_the_whole_forward():
     model = randomise(inject(make_model()))
     samples = make_samples([9, 14, 5])
-    ((indices, batch),) = passes(samples, 1000)
+    ((indices, batch, targets),) = passes(samples, 1000)
     with torch.no_grad():
-        logits, targets = response_logits(model, **batch)
+        logits = response_logits(model, **batch)
         parts = [samples[i] for i in indices]
         expected = [
             model(s["input_ids"][None]).logits[0, len(s["labels"]) // 2 - 1 : -1] for s in parts

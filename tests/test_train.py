@@ -16,7 +16,8 @@ from configs.base_config import UserError
 from models.ds_lora import branch_parameters, get_ds_lora_param_groups, load_adapter
 from utils_checkpoint import JsonlLog, RunState, save_checkpoint
 from utils_data import prepare_task
-from utils_session import Session, StopSignals, count_steps, enable_checkpointing
+from utils_plan import count_steps
+from utils_session import Session, StopSignals, enable_checkpointing
 from utils_train import clip_grad_norm, evaluate_loss, lr_multiplier, train_task
 
 TASK = "T2_math"

@@ -1,0 +1,137 @@
+"""The processes of one run, as torchrun or accelerate launch started them.
+
+Every process holds the whole model and all data, and works on its share of the samples; the first
+one writes. Alone, each function here does nothing.
+"""
+
+import contextlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from configs.base_config import UserError, num_processes
+
+
+def rank() -> int:
+    """Number of this process among all of the run, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """Number of this process among those on this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def processes_here() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this process writes and speaks for all."""
+    return rank() == 0
+
+
+def shows_progress() -> bool:
+    """Whether this process draws progress bars."""
+    return is_first() and sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def joined():
+    """Within the block the processes of the run can call one another; only the first one prints."""
+    if num_processes() == 1:
+        yield
+        return
+    # What is no tensor goes through gloo, from host to host.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with contextlib.ExitStack() as stack:
+            if not is_first():
+                silence = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(silence))
+            yield
+    finally:
+        # After an error too: its threads would abort the process as it ends.
+        dist.destroy_process_group()
+
+
+def _call(collective, *args):
+    try:
+        return collective(*args)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"process {rank()}: another process of this run has ended ({reason}); its own message "
+            "says why, and the same command goes on from the last saved state"
+        ) from error
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, summed in place over all processes."""
+    if num_processes() > 1:
+        _call(dist.all_reduce, tensor)
+    return tensor
+
+
+def gather(value) -> list:
+    """What each process gave as `value` (any object), by rank."""
+    if num_processes() == 1:
+        return [value]
+    values = [None] * num_processes()
+    _call(dist.all_gather_object, values, value)
+    return values
+
+
+def from_first(value):
+    """What the first process gave as `value` (any object)."""
+    if num_processes() == 1:
+        return value
+    box = [value]
+    _call(dist.broadcast_object_list, box)
+    return box[0]
+
+
+def sum_gradients(params: list[torch.nn.Parameter], *scalars) -> list[torch.Tensor]:
+    """Sums the gradients of `params` over all processes, and returns the sums of `scalars`.
+
+    One flat fp32 vector a step; a parameter without a gradient here counts as zero. Tensors stay
+    on their device.
+    """
+    device = params[0].device
+    # Filled there: a copy to the GPU would wait.
+    scalars = [
+        value.float()
+        if isinstance(value, torch.Tensor)
+        else torch.full((), float(value), device=device)
+        for value in scalars
+    ]
+    if num_processes() == 1:
+        return scalars
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([grad.flatten() for grad in grads] + [torch.stack(scalars)])
+    sum_over_processes(flat)
+    *summed, rest = flat.split([p.numel() for p in params] + [len(scalars)])
+    for parameter, grad in zip(params, summed, strict=True):
+        parameter.grad = grad.view_as(parameter)
+    return list(rest)
+
+
+def all_succeed(checks: list) -> list:
+    """The results of all `checks` here, where they succeed in every process.
+
+    Otherwise one `UserError` with the problems of all checks and processes; it is empty in all
+    processes but the first, so that each problem is told once.
+    """
+    results, problems = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except UserError as error:
+            problems += str(error).splitlines()
+    everywhere = dict.fromkeys(problem for listed in gather(problems) for problem in listed)
+    if everywhere:
+        raise UserError("\n".join(everywhere) if is_first() else "")
+    return results
