@@ -208,30 +208,43 @@ def collate_fn(batch: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 PASS_COST = 64
 
 
+def _cut(lengths: list[int], tokens_per_pass: int):
+    """Yields (start, end) of each pass over falling `lengths`, at the least cost in all.
+
+    A pass costs its tokens, padding included, and PASS_COST. Dynamic programming from the end.
+    """
+    cheapest, ends = [0] * (len(lengths) + 1), [0] * len(lengths)
+    for start in reversed(range(len(lengths))):
+        longest = lengths[start]
+        most = max(1, tokens_per_pass // longest)
+        costs = (
+            (size * longest + PASS_COST + cheapest[start + size], start + size)
+            for size in range(1, min(most, len(lengths) - start) + 1)
+        )
+        cheapest[start], ends[start] = min(costs)
+    start = 0
+    while start < len(lengths):
+        yield start, ends[start]
+        start = ends[start]
+
+
 def make_passes(samples, tokens_per_pass: int, pad_token_id: int, device, share=(0, 1)):
     """Cuts `samples` into passes of like length.
 
     Yields (indices, {"input_ids": (batch, length) long, "positions": (n,) long}, targets (n,)
     long): where in the flattened batch a response token is predicted, and which.
 
-    A pass holds at most `tokens_per_pass` tokens, padding included, or one sample; it ends before
-    its padding would cost more than another pass. The longest come first: what does not fit into
-    memory shows at once. There is no attention mask: under a causal mask padding on the right
-    changes nothing, and a mask loses the fast kernels.
+    A pass holds at most `tokens_per_pass` tokens, padding included, or one sample. The longest
+    come first: what does not fit into memory shows at once. There is no attention mask: under a
+    causal mask padding on the right changes nothing, and a mask loses the fast kernels.
 
     Args:
         share: (i, n) takes the i-th of n shares of the samples, of about as many tokens each.
     """
     lengths = [len(sample["input_ids"]) for sample in samples]
     order = sorted(range(len(samples)), key=lambda i: (-lengths[i], i))[share[0] :: share[1]]
-    while order:
-        longest, size, padding = lengths[order[0]], 1, 0
-        while size < len(order) and (size + 1) * longest <= tokens_per_pass:
-            padding += longest - lengths[order[size]]
-            if padding > PASS_COST:
-                break
-            size += 1
-        indices, order = order[:size], order[size:]
+    for start, end in _cut([lengths[i] for i in order], tokens_per_pass):
+        indices = order[start:end]
         batch = collate_fn([samples[i] for i in indices], pad_token_id)
         # Found here and not on the GPU, which would have to answer before the host goes on.
         following = F.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:].flatten()

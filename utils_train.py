@@ -9,13 +9,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from configs.base_config import Stopped, UserError, num_processes
 from models.ds_lora import get_ds_lora_param_groups
-from models.slsd import evaluation, response_logits
+from models.slsd import cross_entropy, evaluation, response_logits
 from utils_checkpoint import JsonlLog
 from utils_data import IGNORE
 from utils_distributed import gather, rank, shows_progress, sum_gradients, sum_over_processes
@@ -217,8 +216,7 @@ def train_task(
         kd = aux.aux_backward(step, backward) if aux else None
         losses, passes = [], []
         for indices, batch, targets in session.make_passes(step_samples):
-            logits = response_logits(model, **batch)
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+            loss = cross_entropy(response_logits(model, **batch), targets)
             backward(loss / tokens)
             losses.append(loss.detach())
             passes.append([step_samples[i]["id"] for i in indices])
@@ -334,7 +332,7 @@ def evaluate_loss(session: Session, samples, description: str = "evaluating") ->
         with evaluation(session.model), progress:
             for indices, batch, targets in session.make_passes(samples):
                 logits = response_logits(session.model, **batch)
-                total += F.cross_entropy(logits.float(), targets, reduction="sum").double()
+                total += cross_entropy(logits, targets).double()
                 tokens += len(targets)
                 progress.update(len(indices))
         return total, tokens

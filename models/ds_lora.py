@@ -19,13 +19,15 @@ BRANCHES = ("slow", "fast")
 
 
 class InputDropout(nn.Dropout):
-    """`nn.Dropout`; on a CPU from uniform numbers, which are drawn in half Bernoulli's time."""
+    """`nn.Dropout`; on a CPU with 16 random bits a number, a quarter of Bernoulli's time."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or not self.training or self.p == 0:
             return super().forward(x)
-        kept = torch.rand(x.shape, dtype=torch.float32).ge_(self.p).div_(1 - self.p)
-        return x * kept.to(x.dtype)
+        words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+        kept = bits >= round(self.p * 2**16) - 2**15
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
 class DSLoRALinear(nn.Module):

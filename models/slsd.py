@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save_file
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 def response_logits(
@@ -41,6 +42,73 @@ def response_logits(
             return model(input_ids=input_ids, use_cache=False).logits
     finally:
         hook.remove()
+
+
+class _PickedLogProbs(torch.autograd.Function):
+    """A few rows at a time, and the gradient takes the place of the logits.
+
+    Nothing of the logits' size is made: no fp32 copy, no log-softmax, no zero-filled gradient.
+    d log p_j / d x_i = ([i = j] - p_i) / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, ids, temperature):
+        log_sums = [
+            _scaled(rows, temperature).logsumexp(-1, keepdim=True)
+            for rows in logits.split(_block(logits))
+        ]
+        log_sum = torch.cat(log_sums) if log_sums else logits[:, :1].float()
+        ctx.save_for_backward(logits, ids, log_sum)
+        ctx.temperature, ctx.is_leaf = temperature, logits.is_leaf
+        return logits.gather(-1, ids).float() / temperature - log_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        logits, ids, log_sum = ctx.saved_tensors
+        result = logits.clone() if ctx.is_leaf else logits
+        step = _block(logits)
+        parts = (tensor.split(step) for tensor in (result, ids, log_sum, grad / ctx.temperature))
+        for rows, of_ids, of_sum, of_grad in zip(*parts, strict=True):
+            in_place = rows if rows.dtype == torch.float32 else None
+            p = torch.sub(_scaled(rows, ctx.temperature), of_sum, out=in_place).exp_()
+            p.mul_(-of_grad.sum(-1, keepdim=True)).scatter_add_(-1, of_ids, of_grad)
+            if in_place is None:
+                rows.copy_(p)
+        return result, None, None
+
+
+def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    # Where nothing is to be done, no copy either.
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+def _block(logits: torch.Tensor) -> int:
+    # Rows at a time. On a CPU they stay in the cache; on a GPU they are worth their launches.
+    return max(1, (2**25 if logits.is_cuda else 2**20) // logits.shape[-1])
+
+
+def picked_log_probs(
+    logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """log softmax(logits / temperature) at `ids`, in nats.
+
+    Args:
+        logits: (n, vocabulary), any float dtype.
+        ids: (n, k) long, each class at most once a row.
+
+    Returns:
+        (n, k) fp32. Its gradient can be taken once; unless `logits` is a leaf, that overwrites it.
+    """
+    return _PickedLogProbs.apply(logits, ids, temperature)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p(target), summed: (n, vocabulary) any float dtype, (n,) long -> a scalar, fp32.
+
+    The backward overwrites `logits`, see `picked_log_probs`.
+    """
+    return -picked_log_probs(logits, targets[:, None]).sum()
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -73,9 +141,8 @@ def coarsen(logits: torch.Tensor, k: int, temperature: float = 1.0):
     """
     vocabulary = logits.shape[-1]
     k = min(k, vocabulary) or vocabulary
-    scaled = logits.float() if temperature == 1 else logits.float() / temperature
-    kept, ids = scaled.topk(k)
-    log_probs = kept - scaled.logsumexp(-1, keepdim=True)
+    ids = logits.topk(k).indices
+    log_probs = picked_log_probs(logits, ids, temperature)
     if k == vocabulary:
         return log_probs, ids, torch.full_like(log_probs[:, 0], -math.inf)
     return log_probs, ids, _log_of_rest(log_probs.logsumexp(-1))
@@ -107,14 +174,14 @@ def kd_loss(
     (Hinton et al. 2015, section 2).
 
     Args:
-        logits: (n, vocabulary), the student's, any float dtype.
+        logits: (n, vocabulary), the student's, any float dtype; the backward overwrites them, see
+            `picked_log_probs`.
         log_probs, ids, log_tail: the teacher's `coarsen(...)` at the same temperature.
 
     Returns:
         A scalar, fp32, nats.
     """
-    student = logits.float() if temperature == 1 else logits.float() / temperature
-    kept = student.gather(-1, ids) - student.logsumexp(-1, keepdim=True)
+    kept = picked_log_probs(logits, ids, temperature)
     # The tail's gradient is infinite where the student leaves it no mass: fp32 cannot tell less
     # than its own rounding apart, and where the teacher has no tail there is none to follow.
     has_tail = log_tail != -math.inf

@@ -1,6 +1,7 @@
 """Template, labels, cuts, splits, passes, and the reader's complaints."""
 
 import json
+import math
 import os
 import random
 
@@ -173,7 +174,7 @@ def test_the_split_depends_on_the_text_alone():
 def test_passes_hold_every_sample_once_within_the_budget(tokenizer, budget, shares):
     rows = [{**ROW, "input": "x " * (7 * i % 40)} for i in range(50)]
     data = InstructionDataset(rows, tokenizer, 128)
-    seen, tokens, padding = [], [], 0
+    seen, tokens = [], []
     for share in range(shares):
         longest = 10**9
         cut = make_passes(data, budget, 2, torch.device("cpu"), (share, shares))
@@ -191,11 +192,36 @@ def test_passes_hold_every_sample_once_within_the_budget(tokenizer, budget, shar
             assert targets.tolist() == expected
             following = batch["input_ids"].flatten()[batch["positions"] + 1]
             assert torch.equal(following, targets)
-            real = sum(data.lengths[i] for i in indices)
-            tokens[-1] += real
-            padding = max(padding, size - real)
+            tokens[-1] += sum(data.lengths[i] for i in indices)
     assert sorted(seen) == list(range(50))
-    assert padding <= PASS_COST and max(tokens) - min(tokens) <= 128
+    assert max(tokens) - min(tokens) <= 128
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10**6])
+def test_passes_cost_least(budget):
+    """Against every way to cut eight samples."""
+    samples = [
+        {"input_ids": torch.ones(n, dtype=torch.long), "labels": torch.ones(n, dtype=torch.long)}
+        for n in (3, 90, 4, 30, 31, 95, 29, 2)
+    ]
+    lengths = sorted((len(s["input_ids"]) for s in samples), reverse=True)
+
+    def cost(sizes):
+        total, start = 0, 0
+        for size in sizes:
+            if size > 1 and size * lengths[start] > budget:
+                return math.inf
+            total += size * lengths[start] + PASS_COST
+            start += size
+        return total
+
+    def ways(n):
+        yield from ([size, *rest] for size in range(1, n + 1) for rest in ways(n - size))
+        if n == 0:
+            yield []
+
+    sizes = [len(i) for i, *_ in make_passes(samples, budget, 0, torch.device("cpu"))]
+    assert cost(sizes) == min(map(cost, ways(len(samples))))
 
 
 def test_a_bom_crlf_blank_lines_and_line_separators_are_fine(tmp_path):

@@ -1,0 +1,333 @@
+"""Times the project's own training loop, and with --parts what surrounds it.
+
+    python tests/benchmarks/bench_training.py --model DIR --data FILE.jsonl --device cpu
+
+16 samples a step, in the order of the file, none longer than --max_seq_len. The last line is one
+JSON object. Tokens are real ones, prompt and response, without padding.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import models.slsd
+import train_slsd_seq
+import utils_data
+import utils_train
+from configs.base_config import BaseConfig
+from configs.smollm2_config import SmolLM2Config
+from models.ds_lora import DSLoRALinear, find_decoder_layers, replace_with_ds_lora
+from utils_checkpoint import RunState, save_checkpoint
+from utils_data import IGNORE, InstructionDataset, TaskData, read_jsonl
+from utils_model import load_model, load_tokenizer
+from utils_session import Session, StopSignals, enable_checkpointing
+from utils_train import data_order, evaluate_loss, train_task
+
+TASK = "T1_general"
+LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}
+LLAMA_7B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096}
+
+
+class Clock:
+    """Takes the place of the training log: notes when each step ended."""
+
+    def __init__(self, device):
+        self.device, self.marks, self.losses = device, [], []
+
+    def write(self, **line):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.marks.append(time.perf_counter())
+        self.losses.append(line["loss"])
+
+
+class Rows(list):
+    """Samples with their lengths, like an `InstructionDataset`."""
+
+    @property
+    def lengths(self):
+        return [len(sample["input_ids"]) for sample in self]
+
+
+def synthetic(length: int, number: int) -> Rows:
+    """Random samples of one length; the second half of each is the response."""
+    generator = torch.Generator().manual_seed(0)
+    rows = Rows()
+    for i in range(number):
+        ids = torch.randint(3, 30000, (length,), generator=generator)
+        labels = torch.where(torch.arange(length) < length // 2, IGNORE, ids)
+        rows.append({"id": f"{i:064x}", "input_ids": ids, "labels": labels})
+    return rows
+
+
+def build_model(cfg, device):
+    """(model with branches, tokenizer or None)."""
+    if cfg.model_name == "llama7b":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**LLAMA_7B)).eval()
+        torch.set_default_dtype(torch.float32)
+    else:
+        model = load_model(cfg, device)
+    frozen = len(find_decoder_layers(model)[1]) // 2
+    replace_with_ds_lora(
+        model, cfg.lora_target_modules, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, frozen
+    )
+    cfg.num_frozen_layers = frozen
+    if cfg.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def without(names) -> None:
+    """Replaces an optimisation by what one would do without it."""
+
+    def all_positions(model, input_ids, positions, start=contextlib.nullcontext):
+        with start():
+            return model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)[positions]
+
+    def two_products(self, x):
+        y = self.base_layer(x)
+        for name in self.active:
+            A, B = (p.to(x.dtype) for p in self.branch(name))
+            y = y + F.linear(F.linear(self.dropout(x), A) * self.scaling, B)
+        return y
+
+    if "response_head" in names:
+        models.slsd.response_logits = utils_train.response_logits = all_positions
+    if "one_product" in names:
+        DSLoRALinear.forward = two_products
+    if "padding_limit" in names:
+        utils_data.PASS_COST = 10**9
+
+
+def matrix_rate(device, dtype) -> float:
+    """FLOP/s of large matrix products, the median of ten."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / median_seconds(lambda: a @ a, device, 10)
+
+
+def median_seconds(work, device, times: int = 5) -> float:
+    """Median time of `work()` after one that does not count."""
+    seconds = []
+    for _ in range(times + 1):
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:])
+
+
+def useful_flops(model, samples, kept: bool) -> float:
+    """Of a step: forward of all layers (the upper ones where the prefix is kept), backward of the
+    activations of the upper ones, output embedding at response positions, causal attention."""
+    layers = find_decoder_layers(model)[1]
+    frozen = sum(not any(p.requires_grad for p in layer.parameters()) for layer in layers)
+    weights = [sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers]
+    config = model.config.get_text_config()
+    run = range(frozen if kept else 0, len(layers))
+    passes = [(i, 1 + (i >= frozen)) for i in run]
+    total = 0
+    for sample in samples:
+        n, responses = len(sample["input_ids"]), int((sample["labels"] != IGNORE).sum())
+        for i, times in passes:
+            attention = 2 * n * n * config.hidden_size * (1 if times == 1 else 3)
+            total += 2 * n * weights[i] * times + attention
+        total += 4 * responses * config.vocab_size * config.hidden_size
+    return total
+
+
+def peak_gib(device) -> dict:
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    on_gpu = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    return {
+        "peak_memory_gib": host if on_gpu is None else on_gpu,
+        "peak_host_gib": host,
+        "peak_device_gib": on_gpu,
+    }
+
+
+def bench_parts(cfg, session, rows, samples_per_task: int) -> dict:
+    """Evaluation, probes, distillation, saving: seconds and bytes."""
+    device, found = session.device, {}
+
+    def evaluate():
+        return evaluate_loss(session, rows)
+
+    room, session.prefix.room = session.prefix.room, 0
+    found["evaluate_plain_seconds"] = median_seconds(evaluate, device)
+    session.prefix.room = room
+    begun = time.perf_counter()
+    kept = session.keep_prefix(rows, "frozen layers")
+    found["evaluate_prefix_seconds"] = time.perf_counter() - begun
+    found["evaluate_kept_seconds"] = median_seconds(evaluate, device)
+    found["evaluate_ratio"] = found["evaluate_plain_seconds"] / found["evaluate_kept_seconds"]
+    slsd = train_slsd_seq.make_slsd(cfg, session)
+    slsd.threshold = float("inf")
+
+    def probes():
+        slsd.begin_task(TASK, rows)
+
+    found["probe_pool"] = min(len(rows), cfg.probe_pool_factor * cfg.probe_size_per_task)
+    found["probes_kept_seconds"] = median_seconds(probes, device)
+    session.prefix.drop(kept)
+    found["probes_plain_seconds"] = median_seconds(probes, device)
+    tensors = slsd.buffer.tensors()
+    found["probe_buffer_bytes"] = sum(tensor.nbytes for tensor in tensors.values())
+    found["probe_buffer_response_tokens"] = len(slsd.buffer.log_tail)
+    found["probe_buffer_bytes_at_500x256"] = (
+        found["probe_buffer_bytes"] / found["probe_buffer_response_tokens"] * 500 * 256
+    )
+    session.keep_prefix([slsd.buffer.sample(i) for i in range(len(slsd.buffer))], "probes")
+    session.model.train()
+    steps = iter(range(0, 10**6, cfg.kd_every))
+    kd = [lambda: slsd.aux_backward(next(steps), lambda loss: loss.backward())]
+    found["kd_seconds"] = median_seconds(kd[0], device, 15)
+    session.model.eval()
+    found["save_seconds"] = median_seconds(
+        lambda: session.save({}, {"aux": slsd.state()}), torch.device("cpu")
+    )
+    return found
+
+
+def checkpoint_at_7b(tokenizer) -> dict:
+    """Seconds and bytes of a stage checkpoint of LLaMA-2-7B's shape; the base has no weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_7B))
+    replace_with_ds_lora(model)
+    for layer in model.modules():
+        if isinstance(layer, DSLoRALinear):
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                setattr(layer, name, nn.Parameter(torch.randn(parameter.shape)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stage"
+
+        def save():
+            save_checkpoint(path, model, tokenizer, {"base_model": "llama7b"})
+
+        seconds = median_seconds(save, torch.device("cpu"))
+        size = sum(file.stat().st_size for file in path.iterdir())
+    return {"checkpoint_7b_seconds": seconds, "checkpoint_7b_bytes": size}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="folder, .gguf file, or llama7b: its shape, random")
+    add("--tokenizer", default="", help="folder of the tokenizer, for llama7b")
+    add("--data", default="", help="JSON lines; without: random samples of --max_seq_len tokens")
+    add("--steps", type=int, default=20)
+    add("--warmup", type=int, default=3, help="steps not counted, at least 1")
+    add("--max_seq_len", type=int, default=512)
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--prefix", default="off", choices=["off", "kept"], help="kept: as in later epochs")
+    add("--tokens_per_pass", type=int, default=0, help="0: the default, on a CPU SmolLM2's")
+    add("--gradient_checkpointing", action="store_true")
+    add(
+        "--without",
+        nargs="*",
+        default=[],
+        choices=["response_head", "one_product", "padding_limit"],
+        help="switch an optimisation off",
+    )
+    add("--parts", action="store_true", help="also evaluation, probes, distillation, saving")
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    without(args.without)
+    folder = tempfile.TemporaryDirectory()
+    default = BaseConfig if device.type == "cuda" else SmolLM2Config
+    cfg = BaseConfig(
+        model_name=args.model,
+        max_seq_len=args.max_seq_len,
+        tokens_per_pass=args.tokens_per_pass or default.tokens_per_pass,
+        gradient_checkpointing=args.gradient_checkpointing,
+        logging_steps=1,
+        save_steps=10**6,
+        num_epochs=1,
+        warmup_ratio=0.0,
+        log_dir=f"{folder.name}/logs",
+        save_dir=f"{folder.name}/checkpoints",
+    )
+    model = build_model(cfg, device)
+    need = cfg.samples_per_step * (args.steps + args.warmup)
+    named = args.tokenizer or ("" if args.model == "llama7b" else args.model)
+    tokenizer = load_tokenizer(BaseConfig(model_name=named)) if named else None
+    if args.data:
+        data = InstructionDataset(read_jsonl(args.data), tokenizer, 10**6)
+        all_rows = Rows(
+            {key: sample[key] for key in ("id", "input_ids", "labels")}
+            for sample, length in zip(data, data.lengths, strict=True)
+            if length <= args.max_seq_len
+        )
+    else:
+        all_rows = synthetic(args.max_seq_len, need)
+    rows = (all_rows * (need // len(all_rows) + 1))[:need]
+    # So that the loop's own order is that of the file.
+    shuffled = Rows(rows)
+    for place, row in zip(data_order(cfg.seed, TASK, 0, need), rows, strict=True):
+        shuffled[place] = row
+    state = RunState(f"{folder.name}/state")
+    session_data = {TASK: TaskData(shuffled, shuffled)}
+    pad = tokenizer or argparse.Namespace(pad_token_id=0)
+    session = Session(cfg, model, pad, device, session_data, {}, state, {}, StopSignals())
+
+    result = {"model": args.model, "prefix": args.prefix, "without": args.without}
+    if args.prefix == "kept":
+        begun = time.perf_counter()
+        session.keep_prefix(shuffled, "frozen layers")
+        result["prefix_seconds"] = time.perf_counter() - begun
+        result["prefix_gib"] = session.prefix.used / 2**30
+    clock = Clock(device)
+    train_task(cfg, session, TASK, clock)
+    marks = clock.marks[args.warmup - 1 :]
+    counted = rows[cfg.samples_per_step * args.warmup :]
+    seconds = marks[-1] - marks[0]
+    tokens = sum(len(sample["input_ids"]) for sample in counted)
+    responses = sum(int((sample["labels"] != IGNORE).sum()) for sample in counted)
+    result |= {
+        "steps": args.steps,
+        "seconds_per_step": seconds / args.steps,
+        "median_seconds_per_step": statistics.median(
+            after - before for before, after in zip(marks, marks[1:], strict=False)
+        ),
+        "tokens_per_second": tokens / seconds,
+        "response_tokens_per_second": responses / seconds,
+        **peak_gib(device),
+        "loss": clock.losses[-1],
+    }
+    rate = matrix_rate(device, model.dtype)
+    flops = useful_flops(model, counted, args.prefix == "kept") / seconds
+    result |= {"useful_flops": flops, "matrix_flops": rate, "share_of_matrix_rate": flops / rate}
+    if args.parts:
+        rows = Rows(random.Random(0).sample(all_rows, min(len(all_rows), 1000)))
+        result |= bench_parts(cfg, session, rows, 2000)
+        if tokenizer:
+            result |= checkpoint_at_7b(tokenizer)
+    for name, value in result.items():
+        print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
