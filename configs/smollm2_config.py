@@ -44,7 +44,7 @@ class SmolLM2Config(BaseConfig):
     )
     gradient_accumulation_steps: int = knob(1, "see per_device_batch_size")
     tokens_per_pass: int = knob(
-        512, "tokens, padding included, of one forward pass; a CPU gains nothing from more"
+        640, "tokens, padding included, of one forward pass; a CPU gains nothing from more"
     )
     num_epochs: int = knob(1, "passes over each task's training samples")
     logging_steps: int = knob(1, "optimizer steps from one line of the training log to the next")

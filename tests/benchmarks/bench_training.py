@@ -165,7 +165,7 @@ def peak_gib(device) -> dict:
     }
 
 
-def bench_parts(cfg, session, rows, samples_per_task: int) -> dict:
+def bench_parts(cfg, session, rows) -> dict:
     """Evaluation, probes, distillation, saving: seconds and bytes."""
     device, found = session.device, {}
 
@@ -199,13 +199,25 @@ def bench_parts(cfg, session, rows, samples_per_task: int) -> dict:
     session.keep_prefix([slsd.buffer.sample(i) for i in range(len(slsd.buffer))], "probes")
     session.model.train()
     steps = iter(range(0, 10**6, cfg.kd_every))
-    kd = [lambda: slsd.aux_backward(next(steps), lambda loss: loss.backward())]
-    found["kd_seconds"] = median_seconds(kd[0], device, 15)
+
+    def distil():
+        slsd.aux_backward(next(steps), lambda loss: loss.backward())
+
+    found["kd_seconds"] = median_seconds(distil, device, 15)
     session.model.eval()
     found["save_seconds"] = median_seconds(
         lambda: session.save({}, {"aux": slsd.state()}), torch.device("cpu")
     )
     return found
+
+
+def slsd_share(cfg, result: dict, samples: int, epochs: int) -> float:
+    """Probe building and distillation of a task, of its time without them."""
+    steps = samples * epochs / cfg.samples_per_step
+    pool = min(samples, cfg.probe_pool_factor * cfg.probe_size_per_task)
+    probes = result["probes_plain_seconds"] / result["probe_pool"] * pool
+    kd = result["kd_seconds"] * steps / cfg.kd_every
+    return (probes + kd) / (steps * result["seconds_per_step"])
 
 
 def checkpoint_at_7b(tokenizer) -> dict:
@@ -320,8 +332,9 @@ def main():
     flops = useful_flops(model, counted, args.prefix == "kept") / seconds
     result |= {"useful_flops": flops, "matrix_flops": rate, "share_of_matrix_rate": flops / rate}
     if args.parts:
-        rows = Rows(random.Random(0).sample(all_rows, min(len(all_rows), 1000)))
-        result |= bench_parts(cfg, session, rows, 2000)
+        rows = Rows(random.Random(0).sample(all_rows, min(len(all_rows), 100)))
+        result |= bench_parts(cfg, session, rows)
+        result["slsd_share"] = slsd_share(cfg, result, samples=2000, epochs=BaseConfig.num_epochs)
         if tokenizer:
             result |= checkpoint_at_7b(tokenizer)
     for name, value in result.items():
