@@ -21,6 +21,8 @@ class SingleTask:
 @command_line
 def main(argv=None):
     cfg, single = parse_config(argv, SingleTask, description=__doc__)
+    if cfg.method not in ("ds_lora", "seq_lora"):
+        raise UserError(f"--method {cfg.method} needs several tasks: give ds_lora or seq_lora")
     task, name = single.task, f"single_{single.task}"
     with set_up(cfg, name, [task]) as session:
         train_log, eval_log = session.log(f"{name}_train_loss"), session.log(f"{name}_eval_loss")

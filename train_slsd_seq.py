@@ -1,23 +1,55 @@
-"""Trains the tasks in order with DS-LoRA + SLSD and evaluates every task seen after each stage."""
+"""Trains the tasks in order with DS-LoRA + SLSD and evaluates every task seen after each stage.
 
+--method trains one of the baselines instead, in the same loop.
+"""
+
+import contextlib
 import dataclasses
 import math
 import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 import transformers
+from torch.utils.data import ConcatDataset
 
 from configs.base_config import command_line, parse_config
-from models.ds_lora import branch_parameters, reset_branch
+from models.baselines import EWC, Bank, Baseline, Replay
+from models.drift import Drift
+from models.ds_lora import (
+    BRANCHES,
+    branch_off,
+    branch_parameters,
+    branches_restored,
+    load_adapter,
+    reset_branch,
+)
 from models.slsd import SLSD
 from utils_checkpoint import JsonlLog, write_json
+from utils_data import TaskData
 from utils_distributed import gather, is_first
-from utils_metrics import format_matrix, loss_matrix, summarise
+from utils_metrics import format_matrix, format_readings, loss_matrix, summarise
 from utils_plan import visits_again
 from utils_session import set_up
 from utils_train import evaluate_loss, seed_torch, train_task
+
+# Beside "latest", the model as it is: which branches come from the evaluated task's own stage
+# checkpoint, and which are off. What "latest" loses against "own" is access, not knowledge.
+READINGS = {
+    "own": (("fast",), ()),
+    "slow": ((), ("fast",)),
+    "fast": (("fast",), ("slow",)),
+    "stage": (BRANCHES, ()),
+}
+MEANINGS = {
+    "latest": "slow + fast",
+    "own": "slow + own fast",
+    "slow": "slow alone",
+    "fast": "own fast alone",
+    "stage": "own slow + fast",
+}
 
 
 @command_line
@@ -26,26 +58,44 @@ def main(argv=None):
     tasks = cfg.task_order
     with set_up(cfg, "seq", tasks) as session:
         train_log, eval_log = session.log("seq_train_loss"), session.log("seq_eval_loss")
-        slsd = make_slsd(cfg, session) if cfg.use_slsd else None
+        drift_log = session.log("seq_drift")
+        method = session.attach("method", make_method(cfg, session))
+        drift = Drift(session.model, session.make_passes, gather, cfg.kd_top_k)
+        session.attach("drift", drift)
+        stages = tasks
+        if cfg.method == "joint":
+            cfg, stages = one_stage(cfg, session)
 
-        def evaluate(stage: str, seen: list[str]):
+        def evaluate(stage: str, seen: list[str], reading: str = "latest"):
             for task in seen:
-                result = evaluate_loss(session, session.data[task].held_out, f"{stage}: {task}")
-                eval_log.write(stage=stage, eval_task=task, branches="latest", **result)
-                print(f"after {stage}: {task} held-out loss {result['loss']:.3f} nats per token")
+                with read_as(cfg, session, reading, task):
+                    description = f"{stage}: {task} ({reading})"
+                    result = evaluate_loss(session, session.data[task].held_out, description)
+                eval_log.write(stage=stage, eval_task=task, branches=reading, **result)
+                loss = result["loss"]
+                if reading == "latest":
+                    print(f"after {stage}: {task} held-out loss {loss:.3f} nats per token")
 
         if not session.position:
             evaluate("base", tasks)
             session.position = {"stages_done": 0, "stages": {}}
             session.save()
-        for t in range(session.position["stages_done"], len(tasks)):
-            task, start = tasks[t], time.perf_counter()
-            probes = train_one_task_with_slsd(cfg, session, task, train_log, slsd if t else None)
+        for t in range(session.position["stages_done"], len(stages)):
+            stage, start = stages[t], time.perf_counter()
+            previous = stages[t - 1] if t else None
+            probes = train_one_task_with_slsd(
+                cfg, session, stage, train_log, method, previous, drift
+            )
             trained = time.perf_counter()
-            session.save_checkpoint(f"seq_{task}")
-            evaluate(task, tasks[: t + 1])
+            session.save_checkpoint(f"seq_{stage}")
+            seen = tasks if cfg.method == "joint" else tasks[: t + 1]
+            evaluate(stage, tasks if cfg.all_readings else seen)
+            if cfg.all_readings or t + 1 == len(stages):
+                for reading in readings_of(cfg):
+                    evaluate(stage, seen, reading)
+            measure_drift(session, drift, drift_log, stage, tasks)
             session.position["stages_done"] = t + 1
-            session.position["stages"][task] = {
+            session.position["stages"][stage] = {
                 "probes": probes,
                 "train_seconds": trained - start,
                 "evaluate_seconds": time.perf_counter() - trained,
@@ -53,18 +103,54 @@ def main(argv=None):
             session.save()
 
         if is_first():
-            matrix = loss_matrix(eval_log.read(), tasks)
-            print(format_matrix(matrix, tasks))
-            write_summary(cfg, session, matrix)
+            evaluations = eval_log.read()
+            matrix, joint = loss_matrix(evaluations, tasks), cfg.method == "joint"
+            print(format_matrix(matrix, tasks, joint))
+            if readings_of(cfg):
+                print(format_readings(evaluations, tasks, MEANINGS))
+            write_summary(cfg, session, matrix, summarise(matrix, joint))
         session.finish()
 
 
-def make_slsd(cfg, session) -> SLSD:
-    """The auxiliary loss that the configuration asks for."""
+def make_method(cfg, session) -> SLSD | Baseline:
+    """What is done beside the supervised training of each task, as `--method` asks."""
+    model, make_passes = session.model, session.make_passes
+    if cfg.method == "replay":
+        return Replay(
+            model,
+            make_passes,
+            fraction=cfg.replay_fraction,
+            batch_size=cfg.replay_batch_size,
+            seed=cfg.seed,
+        )
+    if cfg.method == "ewc":
+        params = [p for branch in BRANCHES for p in branch_parameters(model, branch)]
+        return EWC(
+            model,
+            params,
+            make_passes,
+            gather,
+            weight=cfg.ewc_lambda,
+            num_samples=cfg.probe_size_per_task,
+            seed=cfg.seed,
+        )
+    if cfg.method == "bank":
+        return Bank(model, seed_torch, cfg.seed)
+    if cfg.method == "lwf":
+        # Learning without forgetting (Li & Hoiem 2017): all samples, all that is trained.
+        cfg = dataclasses.replace(
+            cfg,
+            probe_choice="random",
+            probe_size_per_task=sys.maxsize,
+            kd_branches="all",
+            kd_forward="joint",
+            kd_probes="current",
+        )
+    elif cfg.method != "ds_lora" or not cfg.use_slsd:
+        return Baseline()
     return SLSD(
-        session.model,
-        branch_parameters(session.model, "fast"),
-        session.make_passes,
+        model,
+        make_passes,
         gather,
         weight=cfg.kd_lambda,
         temperature=cfg.kd_temperature,
@@ -75,43 +161,90 @@ def make_slsd(cfg, session) -> SLSD:
         pool_factor=cfg.probe_pool_factor,
         threshold=cfg.entropy_threshold,
         seed=cfg.seed,
+        choice=cfg.probe_choice,
+        branches=cfg.kd_branches,
+        forward=cfg.kd_forward,
+        probes=cfg.kd_probes,
     )
 
 
-def train_one_task_with_slsd(cfg, session, task: str, log: JsonlLog, slsd: SLSD | None) -> int:
+def one_stage(cfg, session):
+    """All tasks as one, with the steps of all: the configuration and the name of its only stage."""
+    everything = ConcatDataset([session.data[task].train for task in cfg.task_order])
+    session.data["joint"] = TaskData(train=everything, held_out=None)
+    steps = cfg.max_steps_per_task * len(cfg.task_order)
+    return dataclasses.replace(cfg, max_steps_per_task=steps), ["joint"]
+
+
+def train_one_task_with_slsd(
+    cfg, session, task: str, log: JsonlLog, method, previous=None, drift: Drift | None = None
+) -> int:
     """One stage: the probe buffer from the model as it is now, then the training of both branches.
 
-    `slsd` is None for the first task, which has no previous model, and without distillation.
-    Returns the number of probes.
+    `previous` is the stage before this one; the first one has none, and nothing to distil.
+    Returns the number of samples that the method read beside the task's own.
     """
     samples = session.data[task].train
     with session.kept_prefix() as keep:
         if visits_again(cfg, len(samples)):
             keep(samples, f"frozen layers, {task}")
-        if session.training:
-            if slsd:
-                slsd.restore(session.training[1]["aux"])
-        else:
-            begin_stage(cfg, session, task, slsd)
-        buffer = slsd.buffer if slsd and slsd.buffer else []
-        probes = len(buffer)
-        keep([buffer.sample(i) for i in range(probes)], "frozen layers, probes")
-        train_task(cfg, session, task, log, aux=slsd, stage=task)
-    if slsd:
-        slsd.end_task()
-    return probes
+        if not session.training:
+            begin_stage(cfg, session, task, method, previous, drift)
+        others = method.auxiliary_samples()
+        keep(others, "frozen layers, probes")
+        train_task(cfg, session, task, log, aux=method, stage=task)
+    session.with_less_memory(lambda: method.end_task(task, samples))
+    return len(others)
 
 
-def begin_stage(cfg, session, task: str, slsd: SLSD | None) -> None:
+def begin_stage(cfg, session, task: str, method, previous: str | None, drift: Drift | None) -> None:
     """What happens before a task's first step, and not again where the task is resumed."""
-    if slsd:
+    if previous:
         samples = session.data[task].train
-        session.with_less_memory(lambda: slsd.begin_task(task, samples))
-        report_probes(cfg, task, slsd)
-    if cfg.fast_init == "fresh":
+        session.with_less_memory(lambda: method.begin_task(task, samples))
+        if isinstance(method, SLSD):
+            report_probes(cfg, task, method)
+            if drift and method.buffer:
+                drift.remember(f"{task}/{previous}", method.buffer)
+    if cfg.method == "ds_lora" and cfg.fast_init == "fresh":
         # After the probes were read: their teacher is the whole model of the last stage.
         seed_torch(cfg.seed, task, "fast branch")
         reset_branch(session.model, "fast")
+
+
+def readings_of(cfg) -> list[str]:
+    """The readings beside "latest" that mean something for `cfg.method`."""
+    return {"ds_lora": list(READINGS), "bank": ["own"]}.get(cfg.method, [])
+
+
+@contextlib.contextmanager
+def read_as(cfg, session, reading: str, task: str):
+    """Within the block the model is what `reading` makes of it for `task`."""
+    own, off = READINGS.get(reading, ((), ()))
+    if cfg.method == "bank":
+        # Its two branches are one LoRA.
+        own = BRANCHES if own else ()
+    with contextlib.ExitStack() as stack:
+        if own:
+            stack.enter_context(branches_restored(session.model))
+            load_adapter(session.model, Path(cfg.save_dir) / f"seq_{task}", own)
+        for branch in off:
+            stack.enter_context(branch_off(session.model, branch))
+        yield
+
+
+def measure_drift(session, drift: Drift, log: JsonlLog, stage: str, tasks: list[str]) -> None:
+    """Logs how far the answers to each earlier task have moved; keeps those to this stage's task.
+
+    An earlier task's are those to some of its held-out samples, by the model that had just learned
+    it, and those to some of its probes, by the model that chose them.
+    """
+    for name in drift.buffers:
+        task, teacher = name.split("/")
+        moved = {k: v if math.isfinite(v) else None for k, v in drift.measure(name).items()}
+        log.write(stage=stage, probe_task=task, teacher=teacher, **moved)
+    if stage in tasks:
+        drift.remember(f"{stage}/{stage}", session.data[stage].held_out)
 
 
 def report_probes(cfg, task: str, slsd: SLSD) -> None:
@@ -130,7 +263,7 @@ def report_probes(cfg, task: str, slsd: SLSD) -> None:
         )
 
 
-def write_summary(cfg, session, matrix) -> None:
+def write_summary(cfg, session, matrix, metrics: dict[str, float]) -> None:
     """Writes `seq_summary.json`: NaN becomes null."""
 
     def finite(value: float):
@@ -141,7 +274,7 @@ def write_summary(cfg, session, matrix) -> None:
         {
             "tasks": cfg.task_order,
             "matrix": [[finite(loss) for loss in row] for row in matrix],
-            **{name: finite(value) for name, value in summarise(matrix).items()},
+            **{name: finite(value) for name, value in metrics.items()},
             "stages": session.position["stages"],
             "config": dataclasses.asdict(cfg),
             "versions": {

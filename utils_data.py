@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from configs.base_config import UserError
-from models.slsd import to_device
+from models.forward import to_device
 from utils_distributed import shows_progress
 
 KEYS = ("instruction", "input", "output")

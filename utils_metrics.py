@@ -1,9 +1,9 @@
 """The stage x task matrix and what is computed from it.
 
-Forgetting after Chaudhry et al. 2018, backward transfer after Lopez-Paz & Ranzato 2017.
-
-A matrix A has T+1 rows and T columns: A[0] is the untouched base, A[t][i] task i after stage t, and
-NaN where a task was not evaluated. Rows and columns are in the order of learning.
+A matrix A has T+1 rows and T columns: A[0] is the untouched base, A[t][i] task i after stage t
+(both from 1), and NaN where a task was not evaluated. Rows and columns are in the order of
+learning. Below, "better by" is the difference in the good direction: smaller losses, larger scores.
+A mean is taken over the tasks for which all its cells are there, and is NaN without any.
 """
 
 import math
@@ -11,71 +11,155 @@ import math
 Matrix = list[list[float]]
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def _mean(values) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _gain(before: float, after: float, lower_is_better: bool) -> float:
+    """How much better `after` is than `before`; NaN where either is missing."""
+    return before - after if lower_is_better else after - before
 
 
 def average_final(matrix: Matrix) -> float:
-    """Mean of the last row."""
+    """Mean of the last row: 1/T sum_i A[T][i]."""
     return _mean(matrix[-1])
 
 
-def forgetting(matrix: Matrix, lower_is_better: bool = True) -> float:
-    """Mean over i < T of how much worse A[T][i] is than its best since task i was learned.
+def average_incremental(matrix: Matrix) -> float:
+    """AIA: the mean over the tasks seen so far, averaged over stages (Douillard et al. 2020).
 
-    Positive = forgotten; NaN with one task. For losses worse means larger, for scores smaller.
+    1/T sum_t (1/t sum_{i <= t} A[t][i]).
     """
-    sign, last = (1 if lower_is_better else -1), len(matrix) - 1
-    return _mean(
-        [
-            sign * matrix[last][i] - min(sign * matrix[stage][i] for stage in range(i + 1, last))
-            for i in range(last - 1)
-        ]
-    )
+    return _mean(_mean(row[:t]) for t, row in enumerate(matrix) if t)
+
+
+def learning(matrix: Matrix) -> float:
+    """Each task right after its stage: 1/T sum_i A[i][i]."""
+    return _mean(row[t - 1] for t, row in enumerate(matrix) if t)
+
+
+def forgetting(matrix: Matrix, lower_is_better: bool = True) -> float:
+    """How much worse each task is at the end than at its best (Chaudhry et al. 2018, eq. 3).
+
+    For losses 1/(T-1) sum_{i < T} (A[T][i] - min_{i <= t < T} A[t][i]): positive = forgotten, and
+    a gain counts as a gain. NaN with one task.
+    """
+    last, gains = len(matrix) - 1, []
+    for i in range(last - 1):
+        after = matrix[last][i]
+        losses = [_gain(matrix[t][i], after, lower_is_better) for t in range(i + 1, last)]
+        known = [-loss for loss in losses if not math.isnan(loss)]
+        gains.append(max(known, default=math.nan))
+    return _mean(gains)
 
 
 def backward_transfer(matrix: Matrix, lower_is_better: bool = True) -> float:
-    """BWT: mean over i < T of how much better A[T][i] is than right after task i.
+    """BWT: how much better each task is at the end than right after its stage.
 
-    Negative = forgotten; NaN with one task.
+    For scores 1/(T-1) sum_{i < T} (A[T][i] - A[i][i]) (Lopez-Paz & Ranzato 2017, eq. 3). Negative =
+    forgotten; NaN with one task.
     """
-    sign, last = (1 if lower_is_better else -1), len(matrix) - 1
-    return _mean([sign * (matrix[i + 1][i] - matrix[last][i]) for i in range(last - 1)])
+    last = len(matrix) - 1
+    return _mean(_gain(matrix[i + 1][i], matrix[last][i], lower_is_better) for i in range(last - 1))
+
+
+def forward_transfer(matrix: Matrix, lower_is_better: bool = True) -> float:
+    """FWT: how much better each task is right before its stage than in the base.
+
+    For scores 1/(T-1) sum_{i > 1} (A[i-1][i] - A[0][i]) (Lopez-Paz & Ranzato 2017, eq. 4). NaN
+    where tasks were not evaluated before they were learned.
+    """
+    tasks = range(1, len(matrix[0]))
+    return _mean(_gain(matrix[0][i], matrix[i][i], lower_is_better) for i in tasks)
+
+
+def retention(matrix: Matrix, lower_is_better: bool = True) -> float:
+    """The share of what the stages gained over the base that is left at the end.
+
+    For scores sum_{i < T} (A[T][i] - A[0][i]) / sum_{i < T} (A[i][i] - A[0][i]): 1 = all, 0 = back
+    at the base, above 1 = improved later on. NaN with one task, or where nothing was gained.
+    """
+    last = len(matrix) - 1
+    pairs = [
+        (
+            _gain(matrix[0][i], matrix[last][i], lower_is_better),
+            _gain(matrix[0][i], matrix[i + 1][i], lower_is_better),
+        )
+        for i in range(last - 1)
+    ]
+    known = [pair for pair in pairs if not any(map(math.isnan, pair))]
+    kept, gained = (sum(column) for column in zip(*known, strict=True)) if known else (0.0, 0.0)
+    return kept / gained if gained > 0 else math.nan
 
 
 def loss_matrix(evaluations: list[dict], tasks: list[str]) -> Matrix:
-    """The matrix from lines {"stage", "eval_task", "loss"}; stage "base" is row 0."""
+    """The matrix from lines {"stage", "eval_task", "loss"} of the reading "latest".
+
+    Stage "base" is row 0 and "joint", which learns all tasks at once, the last one.
+    """
     matrix = [[math.nan] * len(tasks) for _ in range(len(tasks) + 1)]
-    rows = {"base": 0, **{task: t for t, task in enumerate(tasks, 1)}}
+    rows = {"base": 0, "joint": -1, **{task: t for t, task in enumerate(tasks, 1)}}
     for line in evaluations:
-        matrix[rows[line["stage"]]][tasks.index(line["eval_task"])] = line["loss"]
+        if line.get("branches", "latest") == "latest":
+            matrix[rows[line["stage"]]][tasks.index(line["eval_task"])] = line["loss"]
     return matrix
 
 
-def summarise(matrix: Matrix) -> dict[str, float]:
-    """Average final loss, forgetting and BWT of a matrix of losses."""
-    return {
-        "average_final_loss": average_final(matrix),
-        "forgetting": forgetting(matrix),
-        "backward_transfer": backward_transfer(matrix),
+def summarise(matrix: Matrix, joint: bool = False) -> dict[str, float]:
+    """Every metric of a matrix of losses; `joint`: all tasks were learned in the last stage."""
+    sequence = {
+        "average_incremental_loss": average_incremental,
+        "learning_loss": learning,
+        "forgetting": forgetting,
+        "backward_transfer": backward_transfer,
+        "forward_transfer": forward_transfer,
+        "retention": retention,
     }
+    final = average_final(matrix)
+    if joint:
+        found = dict.fromkeys(sequence, math.nan) | {"learning_loss": final}
+    else:
+        found = {name: metric(matrix) for name, metric in sequence.items()}
+    return {"average_final_loss": final, **found}
 
 
-def format_matrix(matrix: Matrix, tasks: list[str]) -> str:
-    """The matrix of losses and its summary as aligned text, with what each number means."""
-    width = max(map(len, tasks)) + 2
-    lines = [
-        "held-out loss, nats per response token (lower is better)",
-        "stage".ljust(width) + "".join(task.rjust(width) for task in tasks),
-    ]
-    for stage, row in zip(["base", *tasks], matrix, strict=True):
+def _table(title: str, rows: dict[str, list[float]], tasks: list[str]) -> list[str]:
+    first, width = max(map(len, [title, *rows])), max(map(len, tasks)) + 2
+    lines = [title.ljust(first) + "".join(task.rjust(width) for task in tasks)]
+    for name, row in rows.items():
         cells = ("" if math.isnan(loss) else f"{loss:.3f}" for loss in row)
-        lines.append(stage.ljust(width) + "".join(cell.rjust(width) for cell in cells))
-    summary = summarise(matrix)
-    lines.append(f"average final loss {summary['average_final_loss']:.3f} (lower is better)")
-    if len(tasks) > 1:
-        lines.append(f"forgetting         {summary['forgetting']:+.3f} (positive = forgotten)")
-        lines.append(
-            f"backward transfer  {summary['backward_transfer']:+.3f} (negative = forgotten)"
-        )
+        lines.append((name.ljust(first) + "".join(cell.rjust(width) for cell in cells)).rstrip())
+    return lines
+
+
+def format_matrix(matrix: Matrix, tasks: list[str], joint: bool = False) -> str:
+    """The matrix of losses and its summary as aligned text, with what each number means."""
+    stages = {"base": matrix[0], **dict(zip(tasks, matrix[1:], strict=True))}
+    if joint:
+        stages = {"base": matrix[0], "joint": matrix[-1]}
+    lines = ["held-out loss, nats per response token (lower is better)"]
+    lines += _table("stage", stages, tasks)
+    summary = summarise(matrix, joint)
+    for name, key, form, meaning in (
+        ("average final loss", "average_final_loss", ".3f", "lower is better"),
+        ("just-learned loss", "learning_loss", ".3f", "lower is better"),
+        ("forgetting", "forgetting", "+.3f", "positive = forgotten"),
+        ("backward transfer", "backward_transfer", "+.3f", "negative = forgotten"),
+        ("retention", "retention", ".0%", "of what was gained over the base"),
+    ):
+        if not math.isnan(summary[key]):
+            lines.append(f"{name.ljust(18)} {summary[key]:{form}} ({meaning})")
     return "\n".join(lines)
+
+
+def format_readings(evaluations: list[dict], tasks: list[str], meanings: dict[str, str]) -> str:
+    """The last stage's losses by reading, as aligned text; `meanings` explains each reading."""
+    last = [line for line in evaluations if line["stage"] == evaluations[-1]["stage"]]
+    loss = {(line["branches"], line["eval_task"]): line["loss"] for line in last}
+    readings = dict.fromkeys(reading for reading, _ in loss)
+    rows = {
+        f"{name}: {meanings[name]}": [loss.get((name, task), math.nan) for task in tasks]
+        for name in readings
+    }
+    return "\n".join(["", *_table("after the last stage, read as", rows, tasks)])

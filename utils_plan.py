@@ -50,6 +50,8 @@ def disk_bytes(cfg, model: nn.Module, num_tasks: int) -> int:
     """About what a run writes: checkpoints, and states of branches, AdamW and probes."""
     branches = 4 * count_parameters(model)[0]
     probes = cfg.probe_size_per_task * min(cfg.max_seq_len, 256) * (6 * (cfg.kd_top_k or 1000) + 12)
+    if cfg.kd_probes == "replay":
+        probes *= num_tasks
     tokenizer = 8 * 2**20
     return num_tasks * cfg.num_epochs * (branches + tokenizer) + 3 * (3 * branches + probes)
 

@@ -117,6 +117,8 @@ class Session:
         self.position: dict = {}
         self.training: tuple[dict, dict] | None = None
         self._state, self._identity = state, identity
+        self._attached: dict = {}
+        self._resumed_parts: dict[str, dict] = {}
         self._logs: dict[str, JsonlLog] = {}
         self._log_sizes: dict[str, int] = {}
         self._samples_in_pass = 0
@@ -223,6 +225,16 @@ class Session:
             path = Path(self.cfg.save_dir) / name
             save_checkpoint(path, self.model, self.tokenizer, self.about_base)
 
+    def attach(self, name: str, thing):
+        """Returns `thing`, whose `state()` is saved with the branches from now on.
+
+        A resumed run gives it to `thing.restore`.
+        """
+        if name in self._resumed_parts:
+            thing.restore(self._resumed_parts.pop(name))
+        self._attached[name] = thing
+        return thing
+
     def save(self, training: dict | None = None, parts: dict | None = None) -> None:
         """Saves the branches, the position and, inside a task, what the loop needs to go on."""
         branches = {
@@ -230,7 +242,8 @@ class Session:
             for branch in BRANCHES
             for i, parameter in enumerate(branch_parameters(self.model, branch))
         }
-        self._save(training, {"branches": branches, **(parts or {})})
+        attached = {name: thing.state() for name, thing in self._attached.items()}
+        self._save(training, {"branches": branches, **attached, **(parts or {})})
 
     def finish(self) -> None:
         """Notes that the run is finished."""
@@ -257,6 +270,7 @@ class Session:
             for i, parameter in enumerate(branch_parameters(self.model, branch)):
                 parameter.copy_(parts["branches"][f"{branch}.{i:04d}"])
         self.position, self._log_sizes = facts["position"], facts["logs"]
+        self._resumed_parts = parts
         if facts["training"]:
             self.training = facts["training"], parts
         passes = facts["tokens_per_pass"]

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.base_config import Stopped, UserError, num_processes
-from models.ds_lora import get_ds_lora_param_groups
-from models.slsd import cross_entropy, evaluation, response_logits
+from models.ds_lora import get_ds_lora_param_groups, get_lora_param_groups
+from models.forward import cross_entropy, evaluation, response_logits
 from utils_checkpoint import JsonlLog
 from utils_data import IGNORE
 from utils_distributed import gather, rank, shows_progress, sum_gradients, sum_over_processes
@@ -128,7 +128,7 @@ class _Watch:
         for (step, losses, passes, _), finite in zip(steps, sums, strict=True):
             loss_is_finite, kd_is_finite, *norms = finite
             where = f"{self.task}, step {step + 1}"
-            cure = "lower lr_slow, lr_fast or max_seq_len, or give --dtype float32"
+            cure = "lower the rates or max_seq_len, or give --dtype float32"
             if not loss_is_finite:
                 bad = [
                     sample_id[:12]
@@ -152,6 +152,13 @@ class _Watch:
                 )
 
 
+def param_groups(cfg, model: nn.Module) -> list[dict]:
+    """AdamW's groups: slow and fast for DS-LoRA, one for the methods with a single LoRA."""
+    if cfg.method == "ds_lora":
+        return get_ds_lora_param_groups(model, cfg.lr_slow, cfg.lr_fast, cfg.weight_decay)[0]
+    return get_lora_param_groups(model, cfg.lr_lora, cfg.weight_decay)
+
+
 def data_order(seed: int, task: str, epoch: int, num_samples: int) -> list[int]:
     """The order in which an epoch, from 0, visits the training samples."""
     return random.Random(f"{seed}/{task}/{epoch}").sample(range(num_samples), num_samples)
@@ -167,7 +174,7 @@ def train_task(
     stage: str | None = None,
     on_epoch_end: Callable[[int], None] | None = None,
 ) -> None:
-    """Trains both branches on `task` with one fresh AdamW.
+    """Trains the branches on `task` with one fresh AdamW.
 
     One optimizer step takes `cfg.samples_per_step` samples; its loss is the cross entropy over
     their response tokens, summed over the passes and divided by the step's response tokens.
@@ -183,7 +190,7 @@ def train_task(
     """
     model, samples = session.model, session.data[task].train
     per_epoch, total = count_steps(cfg, len(samples))
-    groups, slow, fast = get_ds_lora_param_groups(model, cfg.lr_slow, cfg.lr_fast, cfg.weight_decay)
+    groups = param_groups(cfg, model)
     optimizer = torch.optim.AdamW(groups, fused=session.device.type == "cuda")
     scaler = torch.amp.GradScaler(session.device.type, enabled=model.dtype == torch.float16)
     start, window, watch = 0, _Window(), _Watch(task, scaler.is_enabled())
@@ -203,8 +210,7 @@ def train_task(
             "window": window.state(),
             "scaler": scaler.state_dict(),
         }
-        probes = aux.state() if aux else {}
-        session.save(training, {"optimizer": optimizer_tensors(optimizer), "aux": probes})
+        session.save(training, {"optimizer": optimizer_tensors(optimizer)})
 
     def backward(loss):
         scaler.scale(loss).backward()
@@ -244,9 +250,11 @@ def train_task(
                 save(step)
                 raise
             stop = bool(session.stop.received)
-            loss_sum, kd_sum, stops = sum_gradients(slow + fast, sum(losses), kd_sum, stop)
+            trained = [p for group in groups for p in group["params"]]
+            loss_sum, kd_sum, stops = sum_gradients(trained, sum(losses), kd_sum, stop)
             scaler.unscale_(optimizer)
-            norms = [clip_grad_norm(params, cfg.max_grad_norm) for params in (slow, fast)]
+            # Each branch by its own norm: a joint one would let distillation scale fast's update.
+            norms = [clip_grad_norm(group["params"], cfg.max_grad_norm) for group in groups]
             watch.add(step, losses, passes, [loss_sum, kd_sum, *norms])
             last, ends_epoch = step + 1 == total, position + 1 == per_epoch or step + 1 == total
             logs = (step + 1) % cfg.logging_steps == 0 or last
@@ -270,11 +278,10 @@ def train_task(
                     "epoch": epoch + 1,
                     "step": step + 1,
                     **window.line(),
-                    "lr_slow": groups[0]["lr"],
-                    "lr_fast": groups[1]["lr"],
+                    **{f"lr_{group['name']}": group["lr"] for group in groups},
                     **{
-                        f"grad_norm_{name}": norm.item() if math.isfinite(norm) else None
-                        for name, norm in zip(("slow", "fast"), norms, strict=True)
+                        f"grad_norm_{group['name']}": norm.item() if math.isfinite(norm) else None
+                        for group, norm in zip(groups, norms, strict=True)
                     },
                 }
                 if stage is None:

@@ -121,7 +121,20 @@ class BaseConfig:
         "continue", "the next task's fast branch: the last task's, or a new one"
     )
 
-    use_slsd: bool = knob(True, "distil the slow branch in train_slsd_seq.py, from task 2 on")
+    method: Literal["ds_lora", "seq_lora", "replay", "ewc", "lwf", "bank", "joint"] = knob(
+        "ds_lora",
+        "of train_slsd_seq.py; all but ds_lora train one LoRA of rank 2 lora_r at lr_lora: "
+        "alone (seq_lora), with replay, EWC or LwF, a new one per task (bank), or on all tasks at "
+        "once (joint)",
+    )
+    lr_lora: float = knob(5e-5, "AdamW rate of the one LoRA of the other methods")
+    replay_fraction: float = knob(0.02, "replay: share of each earlier task that is kept")
+    replay_batch_size: int = knob(4, "replay: kept samples learned again at each step")
+    ewc_lambda: float = knob(
+        1000.0, "ewc: weight of the penalty, half the Fisher times the squared change"
+    )
+
+    use_slsd: bool = knob(True, "ds_lora: distil the slow branch, from task 2 on")
     kd_lambda: float = knob(
         1.0, "weight of the distillation loss in the slow branch's loss; 0: off"
     )
@@ -133,6 +146,18 @@ class BaseConfig:
     )
     kd_batch_size: int = knob(4, "probes distilled at a step")
     kd_every: int = knob(4, "optimizer steps from one distillation to the next")
+    kd_branches: Literal["slow", "all"] = knob("slow", "the branches that distillation moves")
+    kd_forward: Literal["joint", "slow"] = knob(
+        "joint", "what answers as the student: both branches, or the slow one alone"
+    )
+    kd_probes: Literal["current", "replay"] = knob(
+        "current",
+        "distilled: the probes of the current task; replay: those of each earlier task too, with "
+        "the answers of the model that had just learned it",
+    )
+    probe_choice: Literal["entropy", "random"] = knob(
+        "entropy", "the surest samples become probes, or any"
+    )
     probe_size_per_task: int = knob(500, "most probes kept per task")
     probe_pool_factor: int = knob(
         2, "the probes are chosen among this many times probe_size_per_task samples"
@@ -153,6 +178,11 @@ class BaseConfig:
     max_train_samples: int = knob(0, "per task, chosen by seed; 0: all")
     eval_samples_per_task: int = knob(
         200, "held-out samples evaluated per task: enough for +-0.05 nats; 0: all"
+    )
+
+    all_readings: bool = knob(
+        False,
+        "evaluate every reading of the branches after each stage, and the tasks not yet seen too",
     )
 
     per_device_batch_size: int = knob(
@@ -203,24 +233,30 @@ class BaseConfig:
         at_least_1 = (
             "lora_r lora_alpha kd_batch_size kd_every probe_size_per_task probe_pool_factor "
             "per_device_batch_size gradient_accumulation_steps tokens_per_pass num_epochs "
-            "logging_steps save_steps"
+            "logging_steps save_steps replay_batch_size"
         )
         at_least_0 = (
             "num_frozen_layers kd_top_k max_train_samples eval_samples_per_task max_steps_per_task "
-            "seed kd_lambda weight_decay max_grad_norm entropy_threshold"
+            "seed kd_lambda ewc_lambda weight_decay max_grad_norm entropy_threshold"
         )
         for name in at_least_1.split():
             need(getattr(self, name) >= 1, name, "give 1 or more")
         for name in at_least_0.split():
             value = getattr(self, name)
             need(math.isfinite(value) and value >= 0, name, "give 0 or a positive number")
-        for name in ("lr_slow", "lr_fast", "kd_temperature"):
+        for name in ("lr_slow", "lr_fast", "lr_lora", "kd_temperature"):
             value = getattr(self, name)
             need(math.isfinite(value) and value > 0, name, "give a positive number")
         need(
             self.prefix_cache_gib == -1 or 0 <= self.prefix_cache_gib < math.inf,
             "prefix_cache_gib",
             "give -1, 0 or a positive number",
+        )
+        need(0 < self.replay_fraction <= 1, "replay_fraction", "give more than 0, at most 1")
+        need(
+            self.kd_forward == "joint" or self.kd_branches == "slow",
+            "kd_forward kd_branches",
+            "the slow branch alone has no gradient for the fast one; give --kd_branches slow",
         )
         need(0 <= self.lora_dropout < 1, "lora_dropout", "give 0 or more, below 1")
         need(0 <= self.warmup_ratio <= 1, "warmup_ratio", "give a number from 0 to 1")

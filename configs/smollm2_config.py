@@ -27,6 +27,7 @@ class SmolLM2Config(BaseConfig):
     num_frozen_layers: int = knob(15, "bottom decoder layers left untouched, out of 30")
     lr_slow: float = knob(4e-4, "AdamW rate of the slow branch, which every task shares")
     lr_fast: float = knob(2e-3, "AdamW rate of the fast branch, which follows the task at hand")
+    lr_lora: float = knob(1e-3, "AdamW rate of the one LoRA of the other methods")
     lr_schedule: Literal["constant", "linear", "cosine"] = knob(
         "constant", "multiplier of both rates over a task; eight steps are too few to anneal"
     )

@@ -178,10 +178,33 @@ def get_ds_lora_param_groups(model: nn.Module, lr_slow: float, lr_fast: float, w
     return groups, slow, fast
 
 
+def get_lora_param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+    """Both branches as one AdamW group.
+
+    At one rate they are a single LoRA of rank 2r: each is scaled by alpha / r, and AdamW treats
+    every number by itself.
+    """
+    (slow, fast), *_ = get_ds_lora_param_groups(model, lr, lr, weight_decay)
+    return [{**slow, "name": "lora", "params": slow["params"] + fast["params"]}]
+
+
 def reset_branch(model: nn.Module, branch: str) -> None:
     """Makes the branch "slow" or "fast" new in every layer, drawn from torch's CPU generator."""
     for layer in ds_lora_layers(model).values():
         layer.reset_branch(branch)
+
+
+@contextlib.contextmanager
+def branches_restored(model: nn.Module):
+    """Within the block the branches may be written to; afterwards they are what they were."""
+    parameters = [p for branch in BRANCHES for p in branch_parameters(model, branch)]
+    before = [p.detach().clone() for p in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
 
 
 @contextlib.contextmanager
@@ -245,8 +268,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_f
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Reads what `save_adapter` wrote into the branches of `model`.
+def load_adapter(model: nn.Module, folder: str | Path, branches=BRANCHES) -> None:
+    """Reads what `save_adapter` wrote into `branches` of `model`.
 
     Raises ValueError, before anything is changed, where a file is missing or damaged, or where
     rank, scale, layers or shapes are not those of `model`.
@@ -284,6 +307,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     for name, layer in layers.items():
         A, B = tensors[_key(name, "A")], tensors[_key(name, "B")]
         for i, branch in enumerate(BRANCHES):
+            if branch not in branches:
+                continue
             part = slice(i * layer.r, (i + 1) * layer.r)
             layer.branch(branch)[0].copy_(A[part])
             layer.branch(branch)[1].copy_(B[:, part])

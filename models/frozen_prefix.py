@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models.ds_lora import find_decoder_layers
-from models.slsd import evaluation, response_logits
+from models.forward import evaluation, response_logits
 
 
 class _StandIn(nn.Module):

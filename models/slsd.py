@@ -15,100 +15,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save_file
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-
-def response_logits(
-    model, input_ids: torch.Tensor, positions: torch.Tensor, start=contextlib.nullcontext
-) -> torch.Tensor:
-    """Logits at the positions that predict response tokens, row by row.
-
-    Only these positions meet the vocabulary: a hook in front of the output embedding selects them,
-    which is exact for every family, whatever the model does to its logits afterwards.
-
-    Args:
-        input_ids: (batch, length) long, padded on the right; a causal mask needs no other mask.
-        positions: (n,) long, into the flattened batch.
-        start: makes a context in which the model runs, see `FrozenPrefix.start`.
-
-    Returns:
-        (n, vocabulary) in the model's dtype.
-    """
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: (args[0].flatten(0, 1)[positions],)
-    )
-    try:
-        with start():
-            return model(input_ids=input_ids, use_cache=False).logits
-    finally:
-        hook.remove()
-
-
-class _PickedLogProbs(torch.autograd.Function):
-    """A few rows at a time, and the gradient takes the place of the logits.
-
-    Nothing of the logits' size is made: no fp32 copy, no log-softmax, no zero-filled gradient.
-    d log p_j / d x_i = ([i = j] - p_i) / temperature.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, ids, temperature):
-        log_sums = [
-            _scaled(rows, temperature).logsumexp(-1, keepdim=True)
-            for rows in logits.split(_block(logits))
-        ]
-        log_sum = torch.cat(log_sums) if log_sums else logits[:, :1].float()
-        ctx.save_for_backward(logits, ids, log_sum)
-        ctx.temperature, ctx.is_leaf = temperature, logits.is_leaf
-        return logits.gather(-1, ids).float() / temperature - log_sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        logits, ids, log_sum = ctx.saved_tensors
-        result = logits.clone() if ctx.is_leaf else logits
-        step = _block(logits)
-        parts = (tensor.split(step) for tensor in (result, ids, log_sum, grad / ctx.temperature))
-        for rows, of_ids, of_sum, of_grad in zip(*parts, strict=True):
-            in_place = rows if rows.dtype == torch.float32 else None
-            p = torch.sub(_scaled(rows, ctx.temperature), of_sum, out=in_place).exp_()
-            p.mul_(-of_grad.sum(-1, keepdim=True)).scatter_add_(-1, of_ids, of_grad)
-            if in_place is None:
-                rows.copy_(p)
-        return result, None, None
-
-
-def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    # Where nothing is to be done, no copy either.
-    return logits.float() if temperature == 1 else logits.float() / temperature
-
-
-def _block(logits: torch.Tensor) -> int:
-    # Rows at a time. On a CPU they stay in the cache; on a GPU they are worth their launches.
-    return max(1, (2**25 if logits.is_cuda else 2**20) // logits.shape[-1])
-
-
-def picked_log_probs(
-    logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
-    """log softmax(logits / temperature) at `ids`, in nats.
-
-    Args:
-        logits: (n, vocabulary), any float dtype.
-        ids: (n, k) long, each class at most once a row.
-
-    Returns:
-        (n, k) fp32. Its gradient can be taken once; unless `logits` is a leaf, that overwrites it.
-    """
-    return _PickedLogProbs.apply(logits, ids, temperature)
-
-
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log p(target), summed: (n, vocabulary) any float dtype, (n,) long -> a scalar, fp32.
-
-    The backward overwrites `logits`, see `picked_log_probs`.
-    """
-    return -picked_log_probs(logits, targets[:, None]).sum()
+from models.ds_lora import branch_off, branch_parameters
+from models.forward import dropout_off, evaluation, picked_log_probs, response_logits, to_device
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -153,25 +62,17 @@ def compact(log_probs: torch.Tensor, ids: torch.Tensor, log_tail: torch.Tensor):
     return log_probs.half(), ids.int(), log_tail.float()
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` on `device`, where it arrives in the order of the work there: nothing waits."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def kd_loss(
+def kl_divergence(
     logits: torch.Tensor,
     log_probs: torch.Tensor,
     ids: torch.Tensor,
     log_tail: torch.Tensor,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """KL(teacher || student) over the teacher's k classes and the tail, summed over positions.
+    """KL(teacher || student) over the teacher's k classes and the tail, position by position.
 
     Exact for the two coarsened distributions, and the full KL where k is the vocabulary. A class
-    without mass in the teacher contributes neither loss nor gradient. Scaled by temperature^2
-    (Hinton et al. 2015, section 2).
+    without mass in the teacher contributes neither loss nor gradient.
 
     Args:
         logits: (n, vocabulary), the student's, any float dtype; the backward overwrites them, see
@@ -179,7 +80,7 @@ def kd_loss(
         log_probs, ids, log_tail: the teacher's `coarsen(...)` at the same temperature.
 
     Returns:
-        A scalar, fp32, nats.
+        (n,) fp32, nats.
     """
     kept = picked_log_probs(logits, ids, temperature)
     # The tail's gradient is infinite where the student leaves it no mass: fp32 cannot tell less
@@ -190,63 +91,30 @@ def kd_loss(
     log_p = torch.cat([log_probs, log_tail[:, None]], dim=-1)
     log_q = torch.cat([kept, tail[:, None]], dim=-1)
     p = log_p.exp()
-    return temperature**2 * torch.where(p == 0, 0.0, p * (log_p - log_q)).sum()
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
 
 
-@contextlib.contextmanager
-def evaluation(model: nn.Module):
-    """Within the block `model` is in eval mode and no gradient is kept."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
-@contextlib.contextmanager
-def dropout_off(model: nn.Module):
-    """Within the block dropout modules pass everything on; the model keeps its mode.
-
-    Putting the whole model in eval mode would switch gradient checkpointing off too.
-    """
-    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training]
-    try:
-        for module in dropouts:
-            module.training = False
-        yield
-    finally:
-        for module in dropouts:
-            module.training = True
+def kd_loss(logits, log_probs, ids, log_tail, temperature: float = 1.0) -> torch.Tensor:
+    """temperature^2 times the sum of `kl_divergence` (Hinton et al. 2015, section 2): a scalar."""
+    return temperature**2 * kl_divergence(logits, log_probs, ids, log_tail, temperature).sum()
 
 
 @dataclass
-class ProbeBuffer:
-    """Probe samples with the teacher's answers: m probes, T tokens, N response tokens in all.
-
-    Each probe carries its own tokens, so answers cannot be paired with another sample's. Rows of
-    the answers follow the probes in order, and each probe's response tokens in order.
-    """
+class PackedSamples:
+    """m samples of T tokens in all, as few tensors: what a method keeps and a state holds."""
 
     sample_ids: torch.Tensor  # (m, 32) uint8: the sha256 of the sample's text
-    lengths: torch.Tensor  # (m,) int64: tokens of each probe
-    response_lengths: torch.Tensor  # (m,) int64: response tokens of each probe, its last ones
+    lengths: torch.Tensor  # (m,) int64: tokens of each sample
+    response_lengths: torch.Tensor  # (m,) int64: response tokens of each sample, its last ones
     input_ids: torch.Tensor  # (T,) int32
-    log_probs: torch.Tensor  # (N, k) fp16
-    ids: torch.Tensor  # (N, k) int32
-    log_tail: torch.Tensor  # (N,) fp32
 
     def __post_init__(self):
         self._starts = F.pad(self.lengths.cumsum(0), (1, 0)).tolist()
-        self._response_starts = F.pad(self.response_lengths.cumsum(0), (1, 0)).tolist()
 
     @classmethod
-    def build(cls, samples: list[dict], answers: list[tuple]) -> "ProbeBuffer":
-        """From samples ("id" hex, "input_ids", "labels") and `compact(*coarsen(...))`."""
+    def build(cls, samples: list[dict], **more):
+        """From samples with "id" (hex), "input_ids" and "labels"; `more` fields of a subclass."""
         labels = [sample["labels"] for sample in samples]
-        log_probs, ids, log_tail = (torch.cat(parts) for parts in zip(*answers, strict=True))
         return cls(
             sample_ids=torch.tensor(
                 [list(bytes.fromhex(s["id"])) for s in samples], dtype=torch.uint8
@@ -254,16 +122,16 @@ class ProbeBuffer:
             lengths=torch.tensor([len(row) for row in labels]),
             response_lengths=torch.tensor([int((row != -100).sum()) for row in labels]),
             input_ids=torch.cat([s["input_ids"] for s in samples]).int(),
-            log_probs=log_probs,
-            ids=ids,
-            log_tail=log_tail,
+            **more,
         )
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def sample(self, i: int) -> dict:
-        """Probe i as "id" (hex), "input_ids" (t,) long and "labels" (t,) long."""
+    def __getitem__(self, i: int) -> dict:
+        """Sample i as "id" (hex), "input_ids" (t,) long and "labels" (t,) long."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         input_ids = self.input_ids[self._starts[i] : self._starts[i + 1]].long()
         labels = input_ids.clone()
         labels[: len(labels) - int(self.response_lengths[i])] = -100
@@ -272,6 +140,33 @@ class ProbeBuffer:
             "input_ids": input_ids,
             "labels": labels,
         }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields by name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass
+class ProbeBuffer(PackedSamples):
+    """Probe samples with the teacher's answers: N response tokens in all.
+
+    Each probe carries its own tokens, so answers cannot be paired with another sample's. Rows of
+    the answers follow the probes in order, and each probe's response tokens in order.
+    """
+
+    log_probs: torch.Tensor  # (N, k) fp16
+    ids: torch.Tensor  # (N, k) int32
+    log_tail: torch.Tensor  # (N,) fp32
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._response_starts = F.pad(self.response_lengths.cumsum(0), (1, 0)).tolist()
+
+    @classmethod
+    def of(cls, samples: list[dict], answers: list[tuple]) -> "ProbeBuffer":
+        """From samples and, for each of them, `compact(*coarsen(...))` of its response."""
+        log_probs, ids, log_tail = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        return cls.build(samples, log_probs=log_probs, ids=ids, log_tail=log_tail)
 
     def answers(self, i: int):
         """The teacher's log_probs (n, k) fp32, ids (n, k) int64, log_tail (n,) fp32 of probe i."""
@@ -285,10 +180,6 @@ class ProbeBuffer:
         """Writes one safetensors file."""
         save_file(self.tensors(), path, metadata={"format": "pt"})
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The fields by name."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
     @classmethod
     def load(cls, path: str | Path) -> "ProbeBuffer":
         """Reads what `save` wrote. Raises SafetensorError or TypeError on another file."""
@@ -296,15 +187,37 @@ class ProbeBuffer:
         return cls(**load(Path(path).read_bytes()))
 
 
+def read_answers(model: nn.Module, make_passes, samples, top_k: int, temperature: float):
+    """The model as it is now reads this process's share of `samples` once, in eval mode.
+
+    Returns:
+        {index: mean entropy in nats per response token}, {index: `compact(*coarsen(...))`}.
+    """
+    entropies, answers = {}, {}
+    with evaluation(model):
+        for indices, batch, _ in make_passes(samples):
+            logits = response_logits(model, **batch)
+            counts = [int((samples[i]["labels"] != -100).sum()) for i in indices]
+            parts = [entropy(logits), *coarsen(logits, top_k, temperature)]
+            of_samples = zip(*(part.cpu().split(counts) for part in parts), strict=True)
+            for i, (entropy_of, *answer) in zip(indices, of_samples, strict=True):
+                entropies[i], answers[i] = entropy_of.mean().item(), compact(*answer)
+    return entropies, answers
+
+
+def everywhere(gather, share: dict) -> dict:
+    """The shares of all processes in one; `gather` returns what each process gave it."""
+    return {key: value for part in gather(share) for key, value in part.items()}
+
+
 class SLSD:
     """The auxiliary loss of `train_slsd_seq.py`: distils the slow branch from the probe buffer.
 
-    Life cycle: `begin_task` before a task, `aux_backward` before the supervised passes of each
-    optimizer step, `end_task` after it.
+    Life cycle: `begin_task` before a task that follows another, `aux_backward` before the
+    supervised passes of each optimizer step, `end_task` after each task.
 
     Args:
         model: the student; before a task's first step it is its own teacher.
-        fast_params: parameters of the fast branch, which distillation must not move.
         make_passes: cuts this process's share of some samples into passes: yields (their indices,
             arguments of `response_logits`, target tokens).
         gather: returns what each process gave it.
@@ -314,12 +227,16 @@ class SLSD:
         probe_size, pool_factor, threshold: the surest `probe_size` out of `pool_factor` times as
             many samples, with entropy of at most `threshold` nats per response token.
         seed: of the pool and of the order of distillation.
+        choice: "entropy", or "random": any `probe_size` samples.
+        branches: the branches that distillation moves, "slow" or "all".
+        forward: what answers as the student, "joint" (both branches) or "slow" alone.
+        probes: those of the "current" task, or "replay": also each earlier task's, with the answers
+            of the model that had just learned it.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        fast_params: list[nn.Parameter],
         make_passes,
         gather,
         *,
@@ -332,14 +249,21 @@ class SLSD:
         pool_factor: int,
         threshold: float,
         seed: int,
+        choice: str = "entropy",
+        branches: str = "slow",
+        forward: str = "joint",
+        probes: str = "current",
     ):
-        self.model, self.fast_params = model, fast_params
-        self.make_passes, self.gather = make_passes, gather
+        self.model, self.make_passes, self.gather = model, make_passes, gather
         self.weight, self.temperature, self.top_k = weight, temperature, top_k
         self.batch_size, self.every = batch_size, every
         self.probe_size, self.pool_factor, self.threshold = probe_size, pool_factor, threshold
-        self.seed = seed
+        if choice == "random":
+            self.pool_factor, self.threshold = 1, math.inf
+        self.seed, self.branches, self.forward, self.probes = seed, branches, forward, probes
+        self.fast_params = branch_parameters(model, "fast")
         self.buffer: ProbeBuffer | None = None
+        self.earlier: list[ProbeBuffer] = []
         self.pool_entropies: list[float] = []
 
     def begin_task(self, task: str, samples) -> None:
@@ -352,26 +276,29 @@ class SLSD:
             range(len(samples)), len(samples)
         )
         pool = [samples[i] for i in shuffled[: self.pool_factor * self.probe_size]]
-        entropies, answers = {}, {}
-        with evaluation(self.model):
-            for indices, batch, _ in self.make_passes(pool):
-                logits = response_logits(self.model, **batch)
-                counts = [int((pool[i]["labels"] != -100).sum()) for i in indices]
-                parts = [entropy(logits), *coarsen(logits, self.top_k, self.temperature)]
-                of_samples = zip(*(part.cpu().split(counts) for part in parts), strict=True)
-                for i, (entropy_of, *answer) in zip(indices, of_samples, strict=True):
-                    entropies[i], answers[i] = entropy_of.mean().item(), compact(*answer)
-        entropies = {i: s for part in self.gather(entropies) for i, s in part.items()}
+        entropies, answers = self._read(pool)
+        entropies = everywhere(self.gather, entropies)
         self.pool_entropies = [entropies[i] for i in range(len(pool))]
         chosen = choose_probes(self.pool_entropies, self.threshold, self.probe_size)
         # Every process holds the same buffer.
-        own = {i: answers[i] for i in chosen if i in answers}
-        answers = {i: answer for part in self.gather(own) for i, answer in part.items()}
-        # Kept in the pool's random order, so that each distillation batch mixes sure and less sure.
-        chosen.sort()
+        answers = everywhere(self.gather, {i: answers[i] for i in chosen if i in answers})
         self.buffer = None
         if chosen:
-            self.buffer = ProbeBuffer.build([pool[i] for i in chosen], [answers[i] for i in chosen])
+            self.buffer = ProbeBuffer.of([pool[i] for i in chosen], [answers[i] for i in chosen])
+
+    def _read(self, samples):
+        return read_answers(self.model, self.make_passes, samples, self.top_k, self.temperature)
+
+    def _probes(self) -> list[tuple[ProbeBuffer, int]]:
+        """Every probe, in the order of distillation: sure and less sure, old and new mixed."""
+        buffers = [*self.earlier, *([self.buffer] if self.buffer else [])]
+        probes = [(buffer, i) for buffer in buffers for i in range(len(buffer))]
+        random.Random(f"{self.seed}/{len(probes)}").shuffle(probes)
+        return probes
+
+    def auxiliary_samples(self) -> list[dict]:
+        """What `aux_backward` reads during this task."""
+        return [buffer[i] for buffer, i in self._probes()]
 
     def aux_backward(self, step: int, backward):
         """Leaves the gradient of lambda L_KD on the slow branch, and none on the fast branch.
@@ -387,35 +314,77 @@ class SLSD:
             (summed KL in nats over this process's probes, a detached scalar; response tokens of
             all processes), or None where nothing is due.
         """
-        if self.buffer is None or self.weight == 0 or step % self.every:
+        if self.weight == 0 or step % self.every:
             return None
-        # The buffer is read round and round, so that every probe is distilled equally often.
+        probes = self._probes()
+        if not probes:
+            return None
+        # Read round and round, so that every probe is distilled equally often.
         start = step // self.every * self.batch_size
-        size = min(self.batch_size, len(self.buffer))
-        chosen = [(start + j) % len(self.buffer) for j in range(size)]
-        tokens = sum(int(self.buffer.response_lengths[i]) for i in chosen)
+        size = min(self.batch_size, len(probes))
+        chosen = [probes[(start + j) % len(probes)] for j in range(size)]
+        tokens = sum(int(buffer.response_lengths[i]) for buffer, i in chosen)
         total = torch.zeros((), device=self.fast_params[0].device)
-        with dropout_off(self.model):
-            for indices, batch, _ in self.make_passes([self.buffer.sample(i) for i in chosen]):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(dropout_off(self.model))
+            if self.forward == "slow":
+                stack.enter_context(branch_off(self.model, "fast"))
+            for indices, batch, _ in self.make_passes([buffer[i] for buffer, i in chosen]):
                 logits = response_logits(self.model, **batch)
-                answers = zip(*(self.buffer.answers(chosen[i]) for i in indices), strict=True)
-                teacher = [to_device(torch.cat(parts), logits.device) for parts in answers]
+                answers = [buffer.answers(i) for buffer, i in (chosen[j] for j in indices)]
+                teacher = [
+                    to_device(torch.cat(parts), logits.device)
+                    for parts in zip(*answers, strict=True)
+                ]
                 loss = kd_loss(logits, *teacher, self.temperature)
                 backward(self.weight / tokens * loss)
                 total = total + loss.detach()
-        # None, not zero: AdamW moves a parameter whose gradient is zero.
-        for parameter in self.fast_params:
-            parameter.grad = None
+        if self.branches == "slow":
+            # None, not zero: AdamW moves a parameter whose gradient is zero.
+            for parameter in self.fast_params:
+                parameter.grad = None
         return total, tokens
 
+    def end_task(self, task: str, samples) -> None:
+        """Forgets the buffer, or keeps its probes with the answers of the model as it is now."""
+        if self.probes == "replay":
+            if self.buffer:
+                probes = [self.buffer[i] for i in range(len(self.buffer))]
+                answers = everywhere(self.gather, self._read(probes)[1])
+                self.buffer = ProbeBuffer.of(probes, [answers[i] for i in range(len(probes))])
+            else:
+                # The first task, which had no previous model.
+                self.begin_task(task, samples)
+            self.earlier += [self.buffer] if self.buffer else []
+        self.buffer = None
+
     def state(self) -> dict[str, torch.Tensor]:
-        """What `restore` needs to go on inside a task."""
-        return self.buffer.tensors() if self.buffer else {}
+        """What `restore` needs to go on, inside a task or between two."""
+        buffers = {f"earlier_{n:04d}": buffer for n, buffer in enumerate(self.earlier)}
+        if self.buffer:
+            buffers["now"] = self.buffer
+        return pack(buffers)
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes the place of `begin_task` where a task goes on."""
-        self.buffer = ProbeBuffer(**tensors) if tensors else None
+        """Takes up what `state` gave."""
+        buffers = unpack(tensors)
+        self.buffer = buffers.pop("now", None)
+        self.earlier = [buffers[name] for name in sorted(buffers)]
 
-    def end_task(self) -> None:
-        """Forgets the buffer."""
-        self.buffer = None
+
+def pack(buffers: dict[str, ProbeBuffer]) -> dict[str, torch.Tensor]:
+    """All tensors of named buffers, "name.field" -> tensor."""
+    return {
+        f"{name}.{field}": tensor
+        for name, buffer in buffers.items()
+        for field, tensor in buffer.tensors().items()
+    }
+
+
+def unpack(tensors: dict[str, torch.Tensor]) -> dict[str, ProbeBuffer]:
+    """What `pack` was given; names in the order of the alphabet."""
+    fields: dict[str, dict] = {}
+    for key in sorted(tensors):
+        name, field = key.rsplit(".", 1)
+        fields.setdefault(name, {})[field] = tensors[key]
+    return {name: ProbeBuffer(**of_buffer) for name, of_buffer in fields.items()}

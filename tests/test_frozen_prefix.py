@@ -9,8 +9,8 @@ from conftest import inject, make_model, randomise
 from test_slsd import make_samples
 
 from models.ds_lora import branch_parameters, load_adapter, save_adapter
+from models.forward import response_logits
 from models.frozen_prefix import FrozenPrefix
-from models.slsd import response_logits
 from utils_data import make_passes
 from utils_session import enable_checkpointing
 

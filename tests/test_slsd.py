@@ -10,19 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.ds_lora import branch_parameters
-from models.slsd import (
-    SLSD,
-    ProbeBuffer,
-    choose_probes,
-    coarsen,
+from models.forward import (
     cross_entropy,
     dropout_off,
-    entropy,
     evaluation,
-    kd_loss,
     picked_log_probs,
     response_logits,
 )
+from models.slsd import SLSD, ProbeBuffer, choose_probes, coarsen, entropy, kd_loss
 from utils_data import make_passes
 
 
@@ -54,8 +49,7 @@ def make_slsd(model, **changes):
         "threshold": 100.0,
         "seed": 0,
     }
-    alone = [branch_parameters(model, "fast"), passes, lambda value: [value]]
-    return SLSD(model, *alone, **{**settings, **changes})
+    return SLSD(model, passes, lambda value: [value], **{**settings, **changes})
 
 
 def slow_position_kl(teacher, student):
@@ -216,12 +210,12 @@ def test_the_buffer_holds_the_surest_samples_with_the_models_own_answers():
         for s in samples:
             logits = model(s["input_ids"][None]).logits[0, len(s["labels"]) // 2 - 1 : -1]
             surest[s["id"]] = (float(entropy(logits).mean()), logits.log_softmax(-1))
-    chosen = [slsd.buffer.sample(i)["id"] for i in range(len(slsd.buffer))]
+    chosen = [slsd.buffer[i]["id"] for i in range(len(slsd.buffer))]
     assert set(chosen) == set(sorted(surest, key=lambda s: surest[s][0])[:4])
     by_id = {s["id"]: s for s in samples}
     for i, sample_id in enumerate(chosen):
         for key in ("input_ids", "labels"):
-            assert torch.equal(slsd.buffer.sample(i)[key], by_id[sample_id][key])
+            assert torch.equal(slsd.buffer[i][key], by_id[sample_id][key])
         log_probs, ids, log_tail = slsd.buffer.answers(i)
         expected = surest[sample_id][1].gather(-1, ids)
         torch.testing.assert_close(log_probs, expected, atol=0.02, rtol=1e-3)
@@ -250,7 +244,7 @@ def test_a_buffer_survives_the_disk(tmp_path):
     loaded = ProbeBuffer.load(tmp_path / "probes.safetensors")
     for name in ProbeBuffer.__dataclass_fields__:
         assert torch.equal(getattr(loaded, name), getattr(slsd.buffer, name))
-    assert torch.equal(loaded.sample(1)["labels"], slsd.buffer.sample(1)["labels"])
+    assert torch.equal(loaded[1]["labels"], slsd.buffer[1]["labels"])
 
 
 def test_kd_is_nearly_zero_before_the_first_step_and_spares_the_fast_branch():
@@ -271,8 +265,9 @@ def test_the_slow_gradient_is_that_of_the_mean_kl_over_the_steps_probes():
     slow = branch_parameters(model, "slow")
     kl, tokens = slsd.aux_backward(0, lambda loss: loss.backward())
     total, count = torch.zeros(()), 0
-    for i in range(3):
-        sample = slsd.buffer.sample(i)
+    places = {sample["id"]: i for i, sample in enumerate(slsd.buffer)}
+    for sample in slsd.auxiliary_samples()[:3]:
+        i = places[sample["id"]]
         logits = model(sample["input_ids"][None]).logits[0]
         log_probs, ids, _ = slsd.buffer.answers(i)
         teacher = torch.zeros(len(ids), 320).scatter(-1, ids, log_probs.exp())
@@ -293,9 +288,10 @@ def test_distillation_is_due_every_so_many_steps_and_reads_the_buffer_round_and_
     slsd.make_passes = lambda samples: seen.append([s["id"] for s in samples]) or passes(samples)
     due = [slsd.aux_backward(step, lambda loss: loss.backward()) is not None for step in range(8)]
     assert due == [True, False] * 4
-    order = [slsd.buffer.sample(i)["id"] for i in range(4)]
+    order = [sample["id"] for sample in slsd.auxiliary_samples()]
+    assert sorted(order) == sorted(sample["id"] for sample in slsd.buffer)
     assert sum(seen, []) == order * 3
-    slsd.end_task()
+    slsd.end_task("T", [])
     assert slsd.aux_backward(0, None) is None
 
 

@@ -108,7 +108,7 @@ def test_kd_leaves_fast_bitwise_alone_and_moves_slow(make_session, tmp_path, che
     results = {}
     for weight in (0.0, 5.0):
         cfg, session = make_session(checkpointing, max_steps_per_task=1, kd_lambda=weight)
-        slsd = train_slsd_seq.make_slsd(cfg, session)
+        slsd = train_slsd_seq.make_method(cfg, session)
         slsd.begin_task(TASK, session.data[TASK].train)
         randomise(session.model, seed=7)
         before = values(session.model, "slow")
@@ -257,9 +257,12 @@ def test_the_base_never_moves(make_session, tmp_path):
 @pytest.mark.parametrize("fast_init", ["continue", "fresh"])
 def test_probes_are_read_before_the_fast_branch_is_renewed(make_session, tmp_path, fast_init):
     cfg, session = make_session(fast_init=fast_init, max_steps_per_task=1)
-    slsd = train_slsd_seq.make_slsd(cfg, session)
+    slsd = train_slsd_seq.make_method(cfg, session)
     with JsonlLog(tmp_path / "log.jsonl") as log:
-        assert train_slsd_seq.train_one_task_with_slsd(cfg, session, TASK, log, slsd) == 4
+        assert (
+            train_slsd_seq.train_one_task_with_slsd(cfg, session, TASK, log, slsd, "T1_general")
+            == 4
+        )
     (line,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     # The teacher is the whole last stage: the student is it only where fast goes on.
     assert (abs(line["kd_loss"]) < 1e-4) == (fast_init == "continue")
@@ -268,9 +271,12 @@ def test_probes_are_read_before_the_fast_branch_is_renewed(make_session, tmp_pat
 
 def test_a_threshold_that_keeps_nothing_warns_and_trains(make_session, tmp_path, capsys):
     cfg, session = make_session(entropy_threshold=0.01)
-    slsd = train_slsd_seq.make_slsd(cfg, session)
+    slsd = train_slsd_seq.make_method(cfg, session)
     with JsonlLog(tmp_path / "log.jsonl") as log:
-        assert train_slsd_seq.train_one_task_with_slsd(cfg, session, TASK, log, slsd) == 0
+        assert (
+            train_slsd_seq.train_one_task_with_slsd(cfg, session, TASK, log, slsd, "T1_general")
+            == 0
+        )
     assert "warning: T2_math trains without distillation" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(line["kd_loss"] is None for line in lines)
@@ -304,7 +310,7 @@ def test_what_is_not_finite_stops_the_run_before_the_weights(make_session, tmp_p
     elif poisoned == "gradient":
         branch_parameters(session.model, "slow")[0].register_hook(lambda grad: grad * torch.inf)
     else:
-        slsd = train_slsd_seq.make_slsd(cfg, session)
+        slsd = train_slsd_seq.make_method(cfg, session)
         slsd.begin_task(TASK, session.data[TASK].train)
         slsd.buffer.log_probs[:] = torch.nan
     before = values(session.model, "slow") + values(session.model, "fast")
@@ -324,7 +330,7 @@ def test_half_precision_bases_train_with_fp32_branches(make_session, tmp_path, b
     losses = []
     for dtype in (torch.float32, base_dtype):
         cfg, session = make_session(base_dtype=dtype)
-        slsd = train_slsd_seq.make_slsd(cfg, session)
+        slsd = train_slsd_seq.make_method(cfg, session)
         slsd.begin_task(TASK, session.data[TASK].train)
         lines = run(cfg, session, tmp_path, aux=slsd, stage=TASK)
         losses.append([line["loss"] for line in lines])

@@ -180,7 +180,7 @@ def bench_parts(cfg, session, rows) -> dict:
     found["evaluate_prefix_seconds"] = time.perf_counter() - begun
     found["evaluate_kept_seconds"] = median_seconds(evaluate, device)
     found["evaluate_ratio"] = found["evaluate_plain_seconds"] / found["evaluate_kept_seconds"]
-    slsd = train_slsd_seq.make_slsd(cfg, session)
+    slsd = train_slsd_seq.make_method(cfg, session)
     slsd.threshold = float("inf")
 
     def probes():
@@ -196,7 +196,7 @@ def bench_parts(cfg, session, rows) -> dict:
     found["probe_buffer_bytes_at_500x256"] = (
         found["probe_buffer_bytes"] / found["probe_buffer_response_tokens"] * 500 * 256
     )
-    session.keep_prefix([slsd.buffer.sample(i) for i in range(len(slsd.buffer))], "probes")
+    session.keep_prefix(list(slsd.buffer), "probes")
     session.model.train()
     steps = iter(range(0, 10**6, cfg.kd_every))
 

@@ -1,0 +1,136 @@
+"""What every pass over samples needs: the response's logits, its cross entropy, eval mode."""
+
+import contextlib
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+def response_logits(
+    model, input_ids: torch.Tensor, positions: torch.Tensor, start=contextlib.nullcontext
+) -> torch.Tensor:
+    """Logits at the positions that predict response tokens, row by row.
+
+    Only these positions meet the vocabulary: a hook in front of the output embedding selects them,
+    which is exact for every family, whatever the model does to its logits afterwards.
+
+    Args:
+        input_ids: (batch, length) long, padded on the right; a causal mask needs no other mask.
+        positions: (n,) long, into the flattened batch.
+        start: makes a context in which the model runs, see `FrozenPrefix.start`.
+
+    Returns:
+        (n, vocabulary) in the model's dtype.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: (args[0].flatten(0, 1)[positions],)
+    )
+    try:
+        with start():
+            return model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        hook.remove()
+
+
+class _PickedLogProbs(torch.autograd.Function):
+    """A few rows at a time, and the gradient takes the place of the logits.
+
+    Nothing of the logits' size is made: no fp32 copy, no log-softmax, no zero-filled gradient.
+    d log p_j / d x_i = ([i = j] - p_i) / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, ids, temperature):
+        log_sums = [
+            _scaled(rows, temperature).logsumexp(-1, keepdim=True)
+            for rows in logits.split(_block(logits))
+        ]
+        log_sum = torch.cat(log_sums) if log_sums else logits[:, :1].float()
+        ctx.save_for_backward(logits, ids, log_sum)
+        ctx.temperature, ctx.is_leaf = temperature, logits.is_leaf
+        return logits.gather(-1, ids).float() / temperature - log_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        logits, ids, log_sum = ctx.saved_tensors
+        result = logits.clone() if ctx.is_leaf else logits
+        step = _block(logits)
+        parts = (tensor.split(step) for tensor in (result, ids, log_sum, grad / ctx.temperature))
+        for rows, of_ids, of_sum, of_grad in zip(*parts, strict=True):
+            in_place = rows if rows.dtype == torch.float32 else None
+            p = torch.sub(_scaled(rows, ctx.temperature), of_sum, out=in_place).exp_()
+            p.mul_(-of_grad.sum(-1, keepdim=True)).scatter_add_(-1, of_ids, of_grad)
+            if in_place is None:
+                rows.copy_(p)
+        return result, None, None
+
+
+def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    # Where nothing is to be done, no copy either.
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+def _block(logits: torch.Tensor) -> int:
+    # Rows at a time. On a CPU they stay in the cache; on a GPU they are worth their launches.
+    return max(1, (2**25 if logits.is_cuda else 2**20) // logits.shape[-1])
+
+
+def picked_log_probs(
+    logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """log softmax(logits / temperature) at `ids`, in nats.
+
+    Args:
+        logits: (n, vocabulary), any float dtype.
+        ids: (n, k) long, each class at most once a row.
+
+    Returns:
+        (n, k) fp32. Its gradient can be taken once; unless `logits` is a leaf, that overwrites it.
+    """
+    return _PickedLogProbs.apply(logits, ids, temperature)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p(target), summed: (n, vocabulary) any float dtype, (n,) long -> a scalar, fp32.
+
+    The backward overwrites `logits`, see `picked_log_probs`.
+    """
+    return -picked_log_probs(logits, targets[:, None]).sum()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`, where it arrives in the order of the work there: nothing waits."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module):
+    """Within the block `model` is in eval mode and no gradient is kept."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def dropout_off(model: nn.Module):
+    """Within the block dropout modules pass everything on; the model keeps its mode.
+
+    Putting the whole model in eval mode would switch gradient checkpointing off too.
+    """
+    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training]
+    try:
+        for module in dropouts:
+            module.training = False
+        yield
+    finally:
+        for module in dropouts:
+            module.training = True
