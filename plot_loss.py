@@ -1,13 +1,18 @@
-"""Draws the loss curves of a run from its logs.
+"""Draws the loss curves of a run from its logs, or compares runs.
 
-python plot_loss.py single T2_math   logs/single_T2_math_train_loss.png
-python plot_loss.py seq              logs/seq_eval_loss.png
+python plot_loss.py single T2_math       logs/single_T2_math_train_loss.png
+python plot_loss.py seq                  logs/seq_eval_loss.png
+python plot_loss.py compare RUN [RUN ..] logs/compare.md, .png and .pdf; RUN: log folder of a run
 """
 
 import argparse
 import json
 import math
+import re
+import statistics
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -154,6 +159,300 @@ def draw_matrix(figure, axes, stages: list[str], tasks: list[str], loss: dict) -
     figure.colorbar(image, ax=axes, label="change against the base (blue: better), nats per token")
 
 
+@dataclass
+class Run:
+    """One run of the sequence, as its log folder tells it."""
+
+    folder: Path
+    summary: dict
+    losses: list[dict]  # of the last stage: {"eval_task", "branches", "loss"}
+    drift: list[dict]  # of the last stage, from each earlier task's just-learned model
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Raises UserError where the run is not finished."""
+        path, command = folder / "seq_summary.json", "python train_slsd_seq.py"
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            last = list(summary["stages"])[-1]
+            summary["config"]["seed"], summary["matrix"], summary["tasks"]
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: is the run of that folder finished?") from None
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise UserError(f"{path} is no summary of a run: run {command} again") from None
+        rows = read_log(folder / "seq_eval_loss.jsonl", ("stage", "eval_task", "loss"), command)
+        log, moved = folder / "seq_drift.jsonl", []
+        # One task alone, or all at once, has no earlier one.
+        if log.exists() and log.stat().st_size:
+            moved = read_log(log, ("stage", "probe_task", "teacher", "kl_first"), command)
+        return cls(
+            folder,
+            summary,
+            [row for row in rows if row["stage"] == last],
+            [
+                row
+                for row in moved
+                if row["stage"] == last and row["probe_task"] == row["teacher"] != last
+            ],
+        )
+
+    def reading(self, name: str) -> float:
+        """Mean loss of all tasks after the last stage as the reading `name`; NaN without it."""
+        return mean([r["loss"] for r in self.losses if r.get("branches", "latest") == name])
+
+    def moved(self, key: str) -> float:
+        """Mean drift of the earlier tasks: "kl_first" or "kl_rest", nats per response token."""
+        return mean([row[key] for row in self.drift if row[key] is not None])
+
+    def metric(self, name: str) -> float:
+        """A number of the summary; NaN where it is null."""
+        value = self.summary.get(name)
+        return math.nan if value is None else value
+
+
+def mean(values: list[float]) -> float:
+    """The mean of the numbers that are not NaN; NaN without any."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+# Of all fields, those that tell one run of a group from another.
+OF_A_RUN = {"seed", "log_dir", "save_dir", "overwrite"}
+
+
+def group_runs(folders: list[Path]) -> dict[str, list[Run]]:
+    """Runs by name: folders NAME/seed1, NAME/seed2, ... are one group NAME.
+
+    Settings that follow a comma in a name are left out where the names stay apart without them.
+    Raises UserError where the runs of a group differ in more than the seed.
+    """
+    groups: dict[str, list[Run]] = {}
+    for folder in dict.fromkeys(folder.resolve() for folder in folders):
+        is_seed = re.fullmatch(r"seed\d+", folder.name)
+        groups.setdefault(folder.parent.name if is_seed else folder.name, []).append(
+            Run.read(folder)
+        )
+    for name, runs in groups.items():
+        first, *others = (
+            {k: v for k, v in run.summary["config"].items() if k not in OF_A_RUN} for run in runs
+        )
+        for run, config in zip(runs[1:], others, strict=True):
+            differing = [key for key in {**first, **config} if first.get(key) != config.get(key)]
+            if differing:
+                raise UserError(
+                    f"{run.folder} is not like {runs[0].folder} ({', '.join(sorted(differing))} "
+                    f"differ): compare them under names other than {name}"
+                )
+    tasks = {tuple(sorted(run.summary["tasks"])) for runs in groups.values() for run in runs}
+    if len(tasks) > 1:
+        raise UserError(f"the runs learned different tasks ({tasks}): compare like with like")
+    short = [re.sub(r",[^@]*", "", name) for name in groups]
+    return {
+        brief if short.count(brief) == 1 else name: runs
+        for brief, (name, runs) in zip(short, groups.items(), strict=True)
+    }
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean and, of several, sample standard deviation; empty where there is no number."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return ""
+    text = format(statistics.fmean(known), form)
+    return text + (f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else "")
+
+
+COLUMNS: dict[str, tuple[Callable[[Run], float], str]] = {
+    "just learned ↓": (lambda run: run.metric("learning_loss"), ".3f"),
+    "forgetting ↓": (lambda run: run.metric("forgetting"), "+.3f"),
+    "BWT ↑": (lambda run: run.metric("backward_transfer"), "+.3f"),
+    "final ↓": (lambda run: run.metric("average_final_loss"), ".3f"),
+    "AIA ↓": (lambda run: run.metric("average_incremental_loss"), ".3f"),
+    "retention ↑": (lambda run: run.metric("retention"), ".2f"),
+    "drift, first 5 ↓": (lambda run: run.moved("kl_first"), ".3f"),
+    "drift, rest ↓": (lambda run: run.moved("kl_rest"), ".3f"),
+}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """An aligned Markdown table, for a file and for a terminal."""
+    table = [header, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in table
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def readings_of(groups: dict[str, list[Run]]) -> list[str]:
+    """The readings that some run has, "latest" first."""
+    names = (row.get("branches", "latest") for runs in groups.values() for row in runs[0].losses)
+    return list(dict.fromkeys(["latest", *names]))
+
+
+def compare_tables(groups: dict[str, list[Run]]) -> str:
+    """All groups by metric, and those with several readings by reading."""
+    a_run = next(iter(groups.values()))[0]
+    base = mean([loss for loss in a_run.summary["matrix"][0] if loss is not None])
+    rows = [["base", "", *(f"{base:.3f}" if name == "final ↓" else "" for name in COLUMNS), ""]]
+    for name, runs in groups.items():
+        cells = [spread([value(run) for run in runs], form) for value, form in COLUMNS.values()]
+        seconds = [
+            sum(part for key, part in stage.items() if key.endswith("_seconds"))
+            for run in runs
+            for stage in run.summary["stages"].values()
+        ]
+        rows.append([name, str(len(runs)), *cells, f"{sum(seconds) / len(runs) / 60:.1f}"])
+    parts = [
+        "Losses in nats per response token, mean ± standard deviation over seeds; ↓ lower is "
+        "better, ↑ higher.",
+        markdown(["method", "seeds", *COLUMNS, "minutes"], rows),
+    ]
+    names = readings_of(groups)
+    several = {
+        name: cells
+        for name, runs in groups.items()
+        if sum(map(bool, cells := [spread([r.reading(n) for r in runs], ".3f") for n in names])) > 1
+    }
+    if several:
+        parts += [
+            "Final loss by reading:",
+            markdown(["method", *names], [[name, *cells] for name, cells in several.items()]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def style_of(i: int) -> dict:
+    """Colour and marker of the i-th group; no pair comes twice among 49."""
+    turn = i + i // len(COLOURS)
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[turn % len(MARKERS)]}
+
+
+def draw_trade_off(axes, groups: dict[str, list[Run]]) -> None:
+    """Learning against forgetting; a method without a sequence is a line."""
+    for i, (name, runs) in enumerate(groups.items()):
+        x = [run.metric("learning_loss") for run in runs]
+        y = [run.metric("forgetting") for run in runs]
+        style = style_of(i)
+        if math.isnan(mean(y)):
+            axes.axvline(mean(x), color=style["color"], linestyle="--", label=f"{name} (no order)")
+            continue
+        errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in (x, y)]
+        axes.errorbar(
+            mean(x),
+            mean(y),
+            *errors[::-1],
+            label=name,
+            ls="",
+            ms=8,
+            capsize=3,
+            elinewidth=1,
+            **style,
+        )
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(
+        title="learning against forgetting (lower left is better)",
+        xlabel="loss when just learned (nats per response token)",
+        ylabel="forgetting (nats per response token)",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def draw_readings(axes, groups: dict[str, list[Run]]) -> None:
+    """Final loss by reading, of the groups that have several."""
+    names = readings_of(groups)
+    shown = {
+        n: runs for n, runs in groups.items() if len({r["branches"] for r in runs[0].losses}) > 1
+    }
+    width = 0.8 / len(names)
+    for j, reading in enumerate(names):
+        values = [[run.reading(reading) for run in runs] for runs in shown.values()]
+        axes.bar(
+            [i + (j - (len(names) - 1) / 2) * width for i in range(len(shown))],
+            [mean(v) for v in values],
+            width,
+            yerr=[statistics.stdev(v) if len(v) > 1 else 0 for v in values],
+            color=COLOURS[j % len(COLOURS)],
+            label=reading,
+            error_kw={"elinewidth": 1},
+        )
+    heights = [bar.get_height() for bar in axes.patches if not math.isnan(bar.get_height())]
+    if heights:
+        margin = max(heights) - min(heights) or max(heights)
+        axes.set_ylim(max(0, min(heights) - margin / 4), max(heights) + margin / 8)
+    axes.set_xticks(range(len(shown)), shown, rotation=15, ha="right")
+    axes.set(title="final loss by reading (axis cut)", ylabel="mean final loss")
+    axes.legend(fontsize="small", ncols=2)
+
+
+def draw_forgotten(axes, runs: list[Run], name: str, largest: float):
+    """How much worse each task is after each stage than right after its own; mean over seeds."""
+    change, tasks = forgotten(runs), [task.partition("_")[0] for task in runs[0].summary["tasks"]]
+    image = axes.imshow(change, cmap="RdBu_r", vmin=-largest, vmax=largest)
+    for y, row in enumerate(change):
+        for x, value in enumerate(row):
+            if not math.isnan(value):
+                color = "white" if abs(value) > 0.6 * largest else "black"
+                text = f"{value:+.2f}" if x != y else "0"
+                axes.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
+    axes.set_title(name, fontsize="medium")
+    axes.set_xticks(range(len(tasks)), tasks, fontsize="small")
+    axes.set_yticks(range(len(tasks)), tasks, fontsize="small")
+    return image
+
+
+def forgotten(runs: list[Run]) -> list[list[float]]:
+    """A[t][i] - A[i][i] of stages t >= i, mean over `runs`; NaN elsewhere."""
+    size = len(runs[0].summary["tasks"])
+    matrices = [run.summary["matrix"] for run in runs]
+    return [
+        [
+            mean([m[t + 1][i] - m[i + 1][i] for m in matrices if m[i + 1][i] is not None])
+            if i <= t and matrices[0][t + 1][i] is not None
+            else math.nan
+            for i in range(size)
+        ]
+        for t in range(size)
+    ]
+
+
+MATRICES_IN_A_ROW = 6
+
+
+def plot_compare(folders: list[Path], log_dir: Path) -> Path:
+    """Prints and writes the tables, and draws the figure as PNG and PDF."""
+    groups = group_runs(folders)
+    tables = compare_tables(groups)
+    print(tables)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    (log_dir / "compare.md").write_text(tables, encoding="utf-8")
+
+    ordered = {
+        n: runs for n, runs in groups.items() if not math.isnan(runs[0].metric("forgetting"))
+    }
+    rows = -(-len(ordered) // MATRICES_IN_A_ROW)
+    figure = plt.figure(figsize=(14, 4.6 + 2.5 * rows), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(4.6, max(2.5 * rows, 0.1)))
+    trade_off, readings = top.subplots(1, 2, width_ratios=(1.2, 1))
+    draw_trade_off(trade_off, groups)
+    draw_readings(readings, groups)
+    if ordered:
+        cells = [abs(v) for runs in ordered.values() for row in forgotten(runs) for v in row]
+        largest = max((cell for cell in cells if not math.isnan(cell)), default=0) or 1
+        grid = bottom.subplots(rows, min(len(ordered), MATRICES_IN_A_ROW), squeeze=False).flatten()
+        for axes, (name, runs) in zip(grid, ordered.items(), strict=False):
+            image = draw_forgotten(axes, runs, name, largest)
+        for axes in grid[len(ordered) :]:
+            axes.axis("off")
+        bottom.supylabel("stage", fontsize="medium")
+        bottom.suptitle("change of each task's loss since it was learned (red: forgotten)")
+        bottom.colorbar(image, ax=list(grid), shrink=0.8, label="nats per token")
+    figure.savefig(log_dir / "compare.pdf")
+    return save(figure, log_dir / "compare.png")
+
+
 def save(figure, path: Path) -> Path:
     """Writes the picture and returns its path."""
     figure.savefig(path, dpi=150)
@@ -172,15 +471,23 @@ def main(argv=None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("what", choices=("single", "seq"), help="one task's run, or the sequence")
-    parser.add_argument("task", nargs="?", help="the task of a single run, such as T2_math")
+    parser.add_argument("what", choices=("single", "seq", "compare"), help="what to draw")
+    parser.add_argument("names", nargs="*", help="the task of a single run; the runs to compare")
     parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="folder of the logs")
     try:
         args = parser.parse_args(argv)
-        if (args.what == "single") != (args.task is not None):
-            raise UserError("give a task with single and none with seq, such as: single T2_math")
-        is_single = args.what == "single"
-        path = plot_single(args.log_dir, args.task) if is_single else plot_sequence(args.log_dir)
+        fits = {"single": len(args.names) == 1, "seq": not args.names, "compare": args.names}
+        if not fits[args.what]:
+            raise UserError(
+                "give one task with single, such as single T2_math, none with seq, and the log "
+                "folders of runs with compare"
+            )
+        if args.what == "single":
+            path = plot_single(args.log_dir, args.names[0])
+        elif args.what == "seq":
+            path = plot_sequence(args.log_dir)
+        else:
+            path = plot_compare([Path(name) for name in args.names], args.log_dir)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,13 +3,11 @@
 --method trains one of the baselines instead, in the same loop.
 """
 
-import contextlib
 import dataclasses
 import math
 import platform
 import sys
 import time
-from pathlib import Path
 
 import torch
 import transformers
@@ -18,38 +16,17 @@ from torch.utils.data import ConcatDataset
 from configs.base_config import command_line, parse_config
 from models.baselines import EWC, Bank, Baseline, Replay
 from models.drift import Drift
-from models.ds_lora import (
-    BRANCHES,
-    branch_off,
-    branch_parameters,
-    branches_restored,
-    load_adapter,
-    reset_branch,
-)
+from models.ds_lora import BRANCHES, branch_parameters, reset_branch
+from models.router import Router
 from models.slsd import SLSD
 from utils_checkpoint import JsonlLog, write_json
 from utils_data import TaskData
 from utils_distributed import gather, is_first
 from utils_metrics import format_matrix, format_readings, loss_matrix, summarise
 from utils_plan import visits_again
+from utils_readings import LATEST, READINGS, add_to_router, evaluate_reading, readings_of
 from utils_session import set_up
-from utils_train import evaluate_loss, seed_torch, train_task
-
-# Beside "latest", the model as it is: which branches come from the evaluated task's own stage
-# checkpoint, and which are off. What "latest" loses against "own" is access, not knowledge.
-READINGS = {
-    "own": (("fast",), ()),
-    "slow": ((), ("fast",)),
-    "fast": (("fast",), ("slow",)),
-    "stage": (BRANCHES, ()),
-}
-MEANINGS = {
-    "latest": "slow + fast",
-    "own": "slow + own fast",
-    "slow": "slow alone",
-    "fast": "own fast alone",
-    "stage": "own slow + fast",
-}
+from utils_train import seed_torch, train_task
 
 
 @command_line
@@ -62,18 +39,23 @@ def main(argv=None):
         method = session.attach("method", make_method(cfg, session))
         drift = Drift(session.model, session.make_passes, gather, cfg.kd_top_k)
         session.attach("drift", drift)
+        router_log, router = session.log("seq_router"), session.attach("router", Router())
+        others = [name for name in readings_of(cfg.method, cfg.num_frozen_layers) if name != LATEST]
         stages = tasks
         if cfg.method == "joint":
             cfg, stages = one_stage(cfg, session)
 
-        def evaluate(stage: str, seen: list[str], reading: str = "latest"):
+        def evaluate(stage: str, seen: list[str], reading: str = LATEST):
             for task in seen:
-                with read_as(cfg, session, reading, task):
-                    description = f"{stage}: {task} ({reading})"
-                    result = evaluate_loss(session, session.data[task].held_out, description)
+                description = f"{stage}: {task} ({reading})"
+                result, answered_as = evaluate_reading(
+                    session, cfg.method, reading, task, router, description
+                )
                 eval_log.write(stage=stage, eval_task=task, branches=reading, **result)
-                loss = result["loss"]
-                if reading == "latest":
+                if READINGS[reading].is_routed:
+                    router_log.write(stage=stage, eval_task=task, answered_as=answered_as)
+                elif reading == LATEST:
+                    loss = result["loss"]
                     print(f"after {stage}: {task} held-out loss {loss:.3f} nats per token")
 
         if not session.position:
@@ -87,11 +69,16 @@ def main(argv=None):
                 cfg, session, stage, train_log, method, previous, drift
             )
             trained = time.perf_counter()
-            session.save_checkpoint(f"seq_{stage}")
+            routed = any(READINGS[name].is_routed for name in others)
+            if routed:
+                add_to_router(session, router, stage)
+            session.save_checkpoint(
+                f"seq_{stage}", **({"router": router.state()} if routed else {})
+            )
             seen = tasks if cfg.method == "joint" else tasks[: t + 1]
             evaluate(stage, tasks if cfg.all_readings else seen)
             if cfg.all_readings or t + 1 == len(stages):
-                for reading in readings_of(cfg):
+                for reading in others:
                     evaluate(stage, seen, reading)
             measure_drift(session, drift, drift_log, stage, tasks)
             session.position["stages_done"] = t + 1
@@ -106,9 +93,10 @@ def main(argv=None):
             evaluations = eval_log.read()
             matrix, joint = loss_matrix(evaluations, tasks), cfg.method == "joint"
             print(format_matrix(matrix, tasks, joint))
-            if readings_of(cfg):
-                print(format_readings(evaluations, tasks, MEANINGS))
-            write_summary(cfg, session, matrix, summarise(matrix, joint))
+            if others:
+                meanings = {name: reading.meaning for name, reading in READINGS.items()}
+                print(format_readings(evaluations, tasks, meanings))
+            write_summary(session, matrix, summarise(matrix, joint))
         session.finish()
 
 
@@ -212,27 +200,6 @@ def begin_stage(cfg, session, task: str, method, previous: str | None, drift: Dr
         reset_branch(session.model, "fast")
 
 
-def readings_of(cfg) -> list[str]:
-    """The readings beside "latest" that mean something for `cfg.method`."""
-    return {"ds_lora": list(READINGS), "bank": ["own"]}.get(cfg.method, [])
-
-
-@contextlib.contextmanager
-def read_as(cfg, session, reading: str, task: str):
-    """Within the block the model is what `reading` makes of it for `task`."""
-    own, off = READINGS.get(reading, ((), ()))
-    if cfg.method == "bank":
-        # Its two branches are one LoRA.
-        own = BRANCHES if own else ()
-    with contextlib.ExitStack() as stack:
-        if own:
-            stack.enter_context(branches_restored(session.model))
-            load_adapter(session.model, Path(cfg.save_dir) / f"seq_{task}", own)
-        for branch in off:
-            stack.enter_context(branch_off(session.model, branch))
-        yield
-
-
 def measure_drift(session, drift: Drift, log: JsonlLog, stage: str, tasks: list[str]) -> None:
     """Logs how far the answers to each earlier task have moved; keeps those to this stage's task.
 
@@ -263,20 +230,20 @@ def report_probes(cfg, task: str, slsd: SLSD) -> None:
         )
 
 
-def write_summary(cfg, session, matrix, metrics: dict[str, float]) -> None:
+def write_summary(session, matrix, metrics: dict[str, float]) -> None:
     """Writes `seq_summary.json`: NaN becomes null."""
 
     def finite(value: float):
         return value if math.isfinite(value) else None
 
     write_json(
-        f"{cfg.log_dir}/seq_summary.json",
+        f"{session.cfg.log_dir}/seq_summary.json",
         {
-            "tasks": cfg.task_order,
+            "tasks": session.cfg.task_order,
             "matrix": [[finite(loss) for loss in row] for row in matrix],
             **{name: finite(value) for name, value in metrics.items()},
             "stages": session.position["stages"],
-            "config": dataclasses.asdict(cfg),
+            "config": dataclasses.asdict(session.cfg),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,

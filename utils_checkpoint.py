@@ -261,11 +261,17 @@ def clear_outputs(cfg, run_name: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def save_checkpoint(path: str | Path, model, tokenizer, about: dict) -> None:
+def save_checkpoint(path: str | Path, model, tokenizer, about: dict, **tensors: dict) -> None:
     """Writes the branches of `model` as a PEFT adapter, with the tokenizer, as one atomic folder.
 
-    `about` is what `models.ds_lora.save_adapter` is told about the base model.
+    Args:
+        about: what `models.ds_lora.save_adapter` is told about the base model.
+        tensors: name -> tensors (by their names) of a further safetensors file.
     """
     with atomic_folder(path) as folder:
         save_adapter(model, folder, **about)
         tokenizer.save_pretrained(folder)
+        for name, of_file in tensors.items():
+            safetensors.torch.save_file(
+                of_file, folder / f"{name}.safetensors", metadata={"format": "pt"}
+            )

@@ -130,15 +130,25 @@ class Session:
         larger. Raises `Stopped` between passes where the run is to stop; with several processes
         the loop asks all of them once a step instead.
         """
+        for indices, batch, targets in self._passes(samples):
+            start = self.prefix.start([samples[i] for i in indices], batch["input_ids"])
+            yield indices, {**batch, "start": start} if start else batch, targets
+
+    def frozen_outputs(self, samples):
+        """Yields (indices, output of the frozen layers (batch, length, width)) by pass."""
+        for indices, batch, _ in self._passes(samples):
+            of_pass = [samples[i] for i in indices]
+            yield indices, self.prefix.outputs(of_pass, batch["input_ids"])
+
+    def _passes(self, samples):
         tokens = self.tokens_per_pass
         if self.device.type == "cuda" and not torch.is_grad_enabled():
             tokens *= PASS_WITHOUT_GRADIENTS
-        for indices, batch, targets in self._cut(samples, tokens):
+        for one_pass in self._cut(samples, tokens):
             if num_processes() == 1:
                 self.stop.check()
-            self._samples_in_pass = len(indices)
-            start = self.prefix.start([samples[i] for i in indices], batch["input_ids"])
-            yield indices, {**batch, "start": start} if start else batch, targets
+            self._samples_in_pass = len(one_pass[0])
+            yield one_pass
 
     def _cut(self, samples, tokens: int):
         pad, share = self.tokenizer.pad_token_id, (rank(), num_processes())
@@ -219,11 +229,15 @@ class Session:
         for log in self._logs.values():
             log.close()
 
-    def save_checkpoint(self, name: str) -> None:
-        """Saves the branches as the PEFT adapter `name` in the checkpoint folder."""
+    def save_checkpoint(self, name: str, **tensors: dict[str, torch.Tensor]) -> None:
+        """Saves the branches as the PEFT adapter `name` in the checkpoint folder.
+
+        Each of `tensors` goes into a file of its own beside it.
+        """
         if is_first():
             path = Path(self.cfg.save_dir) / name
-            save_checkpoint(path, self.model, self.tokenizer, self.about_base)
+            about = {**self.about_base, "method": self.cfg.method}
+            save_checkpoint(path, self.model, self.tokenizer, about, **tensors)
 
     def attach(self, name: str, thing):
         """Returns `thing`, whose `state()` is saved with the branches from now on.

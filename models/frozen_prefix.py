@@ -150,20 +150,25 @@ class FrozenPrefix:
 
         Rows that are not kept are run through the frozen layers here.
         """
-        rows = [self._kept.get(sample["id"]) for sample in samples]
-        found = [row for row in rows if row is not None]
-        if not found:
+        if not any(sample["id"] in self for sample in samples):
             return None
-        on_gpu = input_ids.is_cuda
-        size = (*input_ids.shape, found[0].shape[-1])
-        # Padding may hold anything finite. Pinned, so that the copy waits for nothing.
-        host = torch.zeros(size, dtype=found[0].dtype, pin_memory=on_gpu)
-        for i, row in enumerate(rows):
-            if row is not None:
-                host[i, : len(row)] = row
-        hidden = host.to(input_ids.device, non_blocking=on_gpu)
+        return partial(self.resumed, self.outputs(samples, input_ids))
+
+    def outputs(self, samples: list[dict], input_ids: torch.Tensor) -> torch.Tensor:
+        """Output of the highest frozen layer for a pass, (batch, length, width), kept or run."""
+        rows = [self._kept.get(sample["id"]) for sample in samples]
         missing = [i for i, row in enumerate(rows) if row is None]
-        if missing:
-            with evaluation(self.model):
+        with evaluation(self.model):
+            if len(missing) == len(rows):
+                return self.run_bottom(input_ids)
+            on_gpu, found = input_ids.is_cuda, next(row for row in rows if row is not None)
+            # Padding may hold anything finite. Pinned, so that the copy waits for nothing.
+            size = (*input_ids.shape, found.shape[-1])
+            host = torch.zeros(size, dtype=found.dtype, pin_memory=on_gpu)
+            for i, row in enumerate(rows):
+                if row is not None:
+                    host[i, : len(row)] = row
+            hidden = host.to(input_ids.device, non_blocking=on_gpu)
+            if missing:
                 hidden[missing] = self.run_bottom(input_ids[missing])
-        return partial(self.resumed, hidden)
+        return hidden

@@ -18,7 +18,7 @@ from configs.base_config import TASKS, BaseConfig
 from models.ds_lora import BRANCHES, branch_parameters, replace_with_ds_lora
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 def pytest_addoption(parser):

@@ -3,15 +3,20 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 import plot_loss
 from utils_metrics import (
     average_final,
+    average_incremental,
     backward_transfer,
     forgetting,
     format_matrix,
+    forward_transfer,
+    learning,
     loss_matrix,
+    retention,
     summarise,
 )
 
@@ -60,6 +65,143 @@ def test_the_matrix_comes_from_the_log():
     assert "lower is better" in text and "forgetting         +1.000 (positive = forgotten)" in text
 
 
+def test_the_metrics_that_need_the_base_by_hand():
+    assert learning(LOSSES) == pytest.approx((2.0 + 3.0 + 1.0) / 3)
+    assert average_incremental(LOSSES) == pytest.approx((2.0 + 2.25 + 6.7 / 3) / 3)
+    # Of 3 and 2 nats that tasks 1 and 2 gained over the base, 2.5 and 1.8 are left.
+    assert retention(LOSSES) == pytest.approx(4.3 / 5)
+    assert math.isnan(forward_transfer(LOSSES))
+    full = [[5.0, 5.0, 5.0], [2.0, 4.0, 6.0], [1.5, 3.0, 4.5], [2.5, 3.2, 1.0]]
+    assert forward_transfer(full) == pytest.approx((1.0 + 0.5) / 2)
+    assert math.isnan(retention([[5.0, 5.0], [6.0, NAN], [6.0, 3.0]]))
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("missing", [0, 4])
+def test_the_metrics_against_arrays(lower, missing):
+    """The same formulas over whole arrays, with numpy's own handling of missing cells."""
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        A = draw.normal(size=(6, 5))
+        A.flat[draw.choice(np.arange(5, 30), missing, replace=False)] = np.nan
+        # The cells that the sums below need; a matrix without them is another test's.
+        A[[1, 5], 0] = draw.normal(size=2)
+        sign = 1 if lower else -1
+        just, last, base = np.diagonal(A[1:]), A[-1], A[0]
+        matrix = A.tolist()
+        assert average_final(matrix) == pytest.approx(np.nanmean(last))
+        assert learning(matrix) == pytest.approx(np.nanmean(just))
+        seen = [
+            np.nanmean(A[t, :t]) if not np.isnan(A[t, :t]).all() else np.nan for t in range(1, 6)
+        ]
+        assert average_incremental(matrix) == pytest.approx(np.nanmean(seen))
+        assert backward_transfer(matrix, lower) == pytest.approx(
+            np.nanmean(sign * (just - last)[:-1])
+        )
+        best = [np.nanmin(sign * A[i + 1 : 5, i], initial=np.inf) for i in range(4)]
+        best = np.where(np.isinf(best), np.nan, best)
+        assert forgetting(matrix, lower) == pytest.approx(np.nanmean(sign * last[:-1] - best))
+        before = np.array([A[i, i] for i in range(1, 5)])
+        assert forward_transfer(matrix, lower) == pytest.approx(
+            np.nanmean(sign * (base[1:] - before))
+        )
+        kept, gained = sign * (base - last)[:-1], sign * (base - just)[:-1]
+        known = ~np.isnan(kept + gained)
+        expected = kept[known].sum() / gained[known].sum() if gained[known].sum() > 0 else NAN
+        assert retention(matrix, lower) == pytest.approx(expected, nan_ok=True)
+
+
+def write_run(folder, matrix, drift=(), readings=None, **config):
+    """The log folder of a finished run over the tasks A, B, ..."""
+    tasks = [chr(ord("A") + i) for i in range(len(matrix[0]))]
+    cells = [[None if math.isnan(x) else x for x in row] for row in matrix]
+    metrics = {k: None if math.isnan(v) else v for k, v in summarise(matrix).items()}
+    stages = {task: {"train_seconds": 60.0, "evaluate_seconds": 30.0} for task in tasks}
+    config = {"seed": 1, "method": "ds_lora", "log_dir": str(folder), **config}
+    folder.mkdir(parents=True)
+    summary = {"tasks": tasks, "matrix": cells, **metrics, "stages": stages, "config": config}
+    (folder / "seq_summary.json").write_text(json.dumps(summary))
+    rows = [
+        {"stage": s, "eval_task": task, "branches": "latest", "loss": cells[t][i]}
+        for t, s in enumerate(["base", *tasks])
+        for i, task in enumerate(tasks)
+        if cells[t][i] is not None
+    ]
+    rows += [
+        {"stage": tasks[-1], "eval_task": task, "branches": name, "loss": loss}
+        for name, loss in (readings or {}).items()
+        for task in tasks
+    ]
+    (folder / "seq_eval_loss.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "seq_drift.jsonl").write_text("".join(json.dumps(r) + "\n" for r in drift))
+    return str(folder)
+
+
+def table_of(text: str) -> dict[str, list[str]]:
+    """The cells of the first Markdown table in `text`, by row name."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows if len(row) == len(rows[0])} | {"header": rows[0]}
+
+
+def test_compare_means_over_seeds_and_draws(tmp_path, capsys):
+    better = [[5.0, 5.0, 5.0], [2.0, NAN, NAN], [1.5, 3.0, NAN], [1.7, 3.0, 1.0]]
+    moved = [
+        {"stage": "C", "probe_task": "A", "teacher": "A", "kl_first": 0.5, "kl_rest": 0.1},
+        {"stage": "C", "probe_task": "B", "teacher": "B", "kl_first": 0.7, "kl_rest": None},
+        {"stage": "C", "probe_task": "B", "teacher": "A", "kl_first": 9.0, "kl_rest": 9.0},
+        {"stage": "B", "probe_task": "A", "teacher": "A", "kl_first": 9.0, "kl_rest": 9.0},
+    ]
+    runs = [
+        write_run(tmp_path / "one,lr=3" / "seed1", LOSSES, moved, {"own": 2.0}),
+        write_run(tmp_path / "one,lr=3" / "seed2", better, moved, {"own": 2.2}, seed=2),
+        write_run(tmp_path / "other" / "seed1", better),
+        write_run(tmp_path / "joint", [[5.0] * 3, [NAN] * 3, [NAN] * 3, [2.0, 2.0, 2.0]]),
+    ]
+    assert plot_loss.main(["compare", *runs, "--log_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    written = (tmp_path / "out" / "compare.md").read_text()
+    assert written in printed
+    rows = table_of(written)
+    cells = dict(zip(rows["header"][1:], rows["one"], strict=True))
+    assert cells["seeds"] == "2" and cells["minutes"] == "4.5"
+    values = [forgetting(LOSSES), forgetting(better)]
+    assert cells["forgetting ↓"] == f"{np.mean(values):+.3f} ± {np.std(values, ddof=1):.3f}"
+    assert cells["just learned ↓"] == "2.000 ± 0.000"
+    assert (
+        cells["drift, first 5 ↓"] == "0.600 ± 0.000" and cells["drift, rest ↓"] == "0.100 ± 0.000"
+    )
+    alone = dict(zip(rows["header"][1:], rows["other"], strict=True))
+    assert alone["forgetting ↓"] == f"{forgetting(better):+.3f}" and not alone["drift, rest ↓"]
+    assert dict(zip(rows["header"][1:], rows["base"], strict=True))["final ↓"] == "5.000"
+    assert not dict(zip(rows["header"][1:], rows["joint"], strict=True))["forgetting ↓"]
+    assert "| one    | 2.067 ± 0.236 | 2.100 ± 0.141 |" in written
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "compare.md",
+        "compare.pdf",
+        "compare.png",
+    }
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
+    first = write_run(tmp_path / "one" / "seed1", LOSSES)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "seq_summary.json").write_text("{}")
+    for other, message in (
+        (str(tmp_path / "empty"), "is the run of that folder finished?"),
+        (str(tmp_path / "broken"), "is no summary of a run"),
+        (
+            write_run(tmp_path / "one" / "seed2", LOSSES, seed=2, kd_lambda=3.0),
+            "is not like",
+        ),
+        (write_run(tmp_path / "two", [[5.0, 5.0], [2.0, NAN], [2.0, 3.0]]), "different tasks"),
+    ):
+        assert plot_loss.main(["compare", first, other, "--log_dir", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: ") and message in line
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -80,7 +222,7 @@ def test_a_log_that_cannot_be_drawn_is_one_line(tmp_path, capsys, content, messa
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["what"], ["single"], ["seq", "T2_math"], ["seq", "--log", "x"]]
+    "argv", [[], ["what"], ["single"], ["seq", "T2_math"], ["seq", "--log", "x"], ["compare"]]
 )
 def test_a_wrong_command_is_one_line(argv, capsys):
     assert plot_loss.main(argv) == 2

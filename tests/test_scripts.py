@@ -103,7 +103,7 @@ def test_the_sequence_leaves_what_the_contract_says(sequence):
     # The other readings come once, after the last stage.
     others = [line for line in evaluations if line["branches"] != "latest"]
     assert [(line["branches"], line["eval_task"]) for line in others] == [
-        (reading, task) for reading in ("own", "slow", "fast", "stage") for task in TASKS
+        (reading, task) for reading in ("own", "slow", "fast", "stage", "routed") for task in TASKS
     ]
     assert {line["stage"] for line in others} == {"T5_safety"}
 
