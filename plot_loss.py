@@ -357,33 +357,32 @@ def draw_trade_off(axes, groups: dict[str, list[Run]]) -> None:
         ylabel="forgetting (nats per response token)",
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
 def draw_readings(axes, groups: dict[str, list[Run]]) -> None:
-    """Final loss by reading, of the groups that have several."""
+    """Final loss by reading, a line for each group that has several."""
     names = readings_of(groups)
-    shown = {
-        n: runs for n, runs in groups.items() if len({r["branches"] for r in runs[0].losses}) > 1
-    }
-    width = 0.8 / len(names)
+    several = {n: r for n, r in groups.items() if len({x["branches"] for x in r[0].losses}) > 1}
+    if not several:
+        axes.axis("off")
+        return
     for j, reading in enumerate(names):
-        values = [[run.reading(reading) for run in runs] for runs in shown.values()]
-        axes.bar(
-            [i + (j - (len(names) - 1) / 2) * width for i in range(len(shown))],
-            [mean(v) for v in values],
-            width,
-            yerr=[statistics.stdev(v) if len(v) > 1 else 0 for v in values],
-            color=COLOURS[j % len(COLOURS)],
+        values = [[run.reading(reading) for run in runs] for runs in several.values()]
+        axes.errorbar(
+            [mean(of_group) for of_group in values],
+            # One above the other, so that none hides another.
+            [i + (j / len(names) - 0.5) / 2 for i in range(len(several))],
+            xerr=[statistics.stdev(v) if len(v) > 1 else 0 for v in values],
             label=reading,
-            error_kw={"elinewidth": 1},
+            ls="",
+            capsize=3,
+            elinewidth=1,
+            **style_of(j),
         )
-    heights = [bar.get_height() for bar in axes.patches if not math.isnan(bar.get_height())]
-    if heights:
-        margin = max(heights) - min(heights) or max(heights)
-        axes.set_ylim(max(0, min(heights) - margin / 4), max(heights) + margin / 8)
-    axes.set_xticks(range(len(shown)), shown, rotation=15, ha="right")
-    axes.set(title="final loss by reading (axis cut)", ylabel="mean final loss")
+    axes.set_yticks(range(len(several)), several)
+    axes.set_ylim(len(several) - 0.5, -0.5)
+    axes.set(title="after the last stage, by reading", xlabel="mean loss (nats per response token)")
+    axes.grid(alpha=0.3, axis="x")
     axes.legend(fontsize="small", ncols=2)
 
 
@@ -433,20 +432,23 @@ def plot_compare(folders: list[Path], log_dir: Path) -> Path:
         n: runs for n, runs in groups.items() if not math.isnan(runs[0].metric("forgetting"))
     }
     rows = -(-len(ordered) // MATRICES_IN_A_ROW)
-    figure = plt.figure(figsize=(14, 4.6 + 2.5 * rows), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(4.6, max(2.5 * rows, 0.1)))
-    trade_off, readings = top.subplots(1, 2, width_ratios=(1.2, 1))
+    figure = plt.figure(figsize=(14, 5 + 2.5 * rows), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(5, max(2.5 * rows, 0.1)))
+    trade_off, readings = top.subplots(1, 2)
     draw_trade_off(trade_off, groups)
+    top.legend(*trade_off.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     draw_readings(readings, groups)
     if ordered:
         cells = [abs(v) for runs in ordered.values() for row in forgotten(runs) for v in row]
         largest = max((cell for cell in cells if not math.isnan(cell)), default=0) or 1
-        grid = bottom.subplots(rows, min(len(ordered), MATRICES_IN_A_ROW), squeeze=False).flatten()
+        columns = min(len(ordered), MATRICES_IN_A_ROW)
+        grid = bottom.subplots(rows, columns, squeeze=False).flatten()
         for axes, (name, runs) in zip(grid, ordered.items(), strict=False):
             image = draw_forgotten(axes, runs, name, largest)
         for axes in grid[len(ordered) :]:
             axes.axis("off")
-        bottom.supylabel("stage", fontsize="medium")
+        for axes in grid[::columns]:
+            axes.set_ylabel("stage")
         bottom.suptitle("change of each task's loss since it was learned (red: forgotten)")
         bottom.colorbar(image, ax=list(grid), shrink=0.8, label="nats per token")
     figure.savefig(log_dir / "compare.pdf")

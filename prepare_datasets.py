@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from configs.base_config import TASKS, UserError, command_line, knob, parse_dataclasses
 from utils_checkpoint import atomic_file, file_sha256, write_json
-from utils_data import KEYS, read_jsonl
+from utils_data import KEYS, read_jsonl, tool_input
 
-TOOL_LINE = "You can call these functions:"
 # A row of one is a copy of the other's: general instructions hold code tasks too.
 OVERLAPPING = {"T1_general": "T3_code", "T3_code": "T1_general"}
 TOY_CHARS = 400
@@ -158,13 +157,13 @@ def tool_sample(request: str, tools, calls, history: str = "") -> Sample:
         if name not in names:
             raise WrongShape("call of a function that is not offered")
     try:
-        schemas = json.dumps(tools, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        offered = tool_input(tools)
         answer = json.dumps(output, ensure_ascii=False, allow_nan=False)
         # An escape such as \ud83d alone decodes to what no UTF-8 file can hold.
-        (schemas + answer).encode()
+        (offered + answer).encode()
     except ValueError:
         raise WrongShape("tools or calls are no JSON") from None
-    return Sample(request, f"{TOOL_LINE}\n{schemas}\n\n{history}", answer)
+    return Sample(request, f"{offered}\n\n{history}", answer)
 
 
 def convert_xlam(row: dict) -> Sample:

@@ -19,14 +19,34 @@ from models.drift import Drift
 from models.ds_lora import BRANCHES, branch_parameters, reset_branch
 from models.router import Router
 from models.slsd import SLSD
-from utils_checkpoint import JsonlLog, write_json
+from utils_benchmarks import Questions, held_out_questions
+from utils_checkpoint import JsonlLog, write_json, write_json_lines
 from utils_data import TaskData
 from utils_distributed import gather, is_first
-from utils_metrics import format_matrix, format_readings, loss_matrix, summarise
+from utils_generate import ask, generate, prompt_ids
+from utils_metrics import (
+    format_matrix,
+    format_readings,
+    format_samples,
+    format_scores,
+    loss_matrix,
+    summarise,
+)
 from utils_plan import visits_again
-from utils_readings import LATEST, READINGS, add_to_router, evaluate_reading, readings_of
+from utils_readings import (
+    BASE,
+    LATEST,
+    READINGS,
+    Stage,
+    add_to_router,
+    evaluate_reading,
+    readings_of,
+)
 from utils_session import set_up
 from utils_train import seed_torch, train_task
+
+# Of each task seen, after each stage: answers that a person can read, and their tokens.
+SAMPLES_TOLD, SAMPLE_TOKENS = 2, 64
 
 
 @command_line
@@ -40,30 +60,31 @@ def main(argv=None):
         drift = Drift(session.model, session.make_passes, gather, cfg.kd_top_k)
         session.attach("drift", drift)
         router_log, router = session.log("seq_router"), session.attach("router", Router())
+        sample_log, score_log = session.log("seq_samples"), session.log("seq_scores")
+        now = Stage(BASE, cfg.method, session, router)
         others = [name for name in readings_of(cfg.method, cfg.num_frozen_layers) if name != LATEST]
+        questions = {asked.name: asked for asked in held_out_questions(cfg, tasks)}
         stages = tasks
         if cfg.method == "joint":
             cfg, stages = one_stage(cfg, session)
 
-        def evaluate(stage: str, seen: list[str], reading: str = LATEST):
+        def evaluate(seen: list[str], reading: str = LATEST):
             for task in seen:
-                description = f"{stage}: {task} ({reading})"
-                result, answered_as = evaluate_reading(
-                    session, cfg.method, reading, task, router, description
-                )
-                eval_log.write(stage=stage, eval_task=task, branches=reading, **result)
+                result, answered_as = evaluate_reading(now, reading, task)
+                eval_log.write(stage=now.name, eval_task=task, branches=reading, **result)
                 if READINGS[reading].is_routed:
-                    router_log.write(stage=stage, eval_task=task, answered_as=answered_as)
+                    router_log.write(stage=now.name, eval_task=task, answered_as=answered_as)
                 elif reading == LATEST:
                     loss = result["loss"]
-                    print(f"after {stage}: {task} held-out loss {loss:.3f} nats per token")
+                    print(f"after {now.name}: {task} held-out loss {loss:.3f} nats per token")
 
         if not session.position:
-            evaluate("base", tasks)
+            evaluate(tasks)
             session.position = {"stages_done": 0, "stages": {}}
             session.save()
         for t in range(session.position["stages_done"], len(stages)):
-            stage, start = stages[t], time.perf_counter()
+            now.name = stage = stages[t]
+            start = time.perf_counter()
             previous = stages[t - 1] if t else None
             probes = train_one_task_with_slsd(
                 cfg, session, stage, train_log, method, previous, drift
@@ -76,11 +97,12 @@ def main(argv=None):
                 f"seq_{stage}", **({"router": router.state()} if routed else {})
             )
             seen = tasks if cfg.method == "joint" else tasks[: t + 1]
-            evaluate(stage, tasks if cfg.all_readings else seen)
+            evaluate(tasks if cfg.all_readings else seen)
             if cfg.all_readings or t + 1 == len(stages):
                 for reading in others:
-                    evaluate(stage, seen, reading)
+                    evaluate(seen, reading)
             measure_drift(session, drift, drift_log, stage, tasks)
+            log_answers(cfg, now, [questions[task] for task in seen], sample_log, score_log)
             session.position["stages_done"] = t + 1
             session.position["stages"][stage] = {
                 "probes": probes,
@@ -96,6 +118,11 @@ def main(argv=None):
             if others:
                 meanings = {name: reading.meaning for name, reading in READINGS.items()}
                 print(format_readings(evaluations, tasks, meanings))
+            if cfg.generate:
+                last = [line for line in score_log.read() if line["stage"] == now.name]
+                print(format_scores(last))
+            references = {n: [r["output"] for r in q.rows] for n, q in questions.items()}
+            print(format_samples(sample_log.read(), references))
             write_summary(session, matrix, summarise(matrix, joint))
         session.finish()
 
@@ -212,6 +239,21 @@ def measure_drift(session, drift: Drift, log: JsonlLog, stage: str, tasks: list[
         log.write(stage=stage, probe_task=task, teacher=teacher, **moved)
     if stage in tasks:
         drift.remember(f"{stage}/{stage}", session.data[stage].held_out)
+
+
+def log_answers(cfg, now: Stage, asked: list[Questions], samples: JsonlLog, scores: JsonlLog):
+    """Logs the first answers to each task's held-out samples; --generate: all, with scores."""
+    told = [(q, i) for q in asked for i in range(min(SAMPLES_TOLD, len(q.rows)))]
+    prompts = prompt_ids(now.session.tokenizer, [q.rows[i] for q, i in told], cfg.max_seq_len)
+    replies = generate(now.session, prompts, SAMPLE_TOKENS, f"{now.name}: answers")
+    for (of, number), reply in zip(told, replies, strict=True):
+        samples.write(stage=now.name, task=of.name, number=number, reply=reply)
+    for of in asked if cfg.generate else ():
+        lines, found = ask(now, LATEST, of)
+        if is_first():
+            write_json_lines(f"{cfg.log_dir}/gen_{now.name}_{of.name}.jsonl", lines)
+        for line in found:
+            scores.write(**line)
 
 
 def report_probes(cfg, task: str, slsd: SLSD) -> None:

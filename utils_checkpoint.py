@@ -138,6 +138,13 @@ def write_json(path: str | Path, value) -> None:
         file.write("\n")
 
 
+def write_json_lines(path: str | Path, rows: list[dict]) -> None:
+    """Writes one JSON object a line, atomically; ValueError where a number is not finite."""
+    with atomic_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
 class RunState:
     """The states of one run, to resume it from: each is whole, or known not to be.
 

@@ -18,6 +18,7 @@ from utils_distributed import shows_progress
 
 KEYS = ("instruction", "input", "output")
 IGNORE = -100
+TOOL_LINE = "You can call these functions:"
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, str]]:
@@ -67,6 +68,12 @@ def read_jsonl(path: str | Path) -> list[dict[str, str]]:
     if not rows:
         raise UserError(f"{path} holds no sample: run python prepare_datasets.py again")
     return rows
+
+
+def tool_input(schemas: list) -> str:
+    """What a tool-calling prompt says of the functions on offer; ValueError where it is no JSON."""
+    listed = json.dumps(schemas, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f"{TOOL_LINE}\n{listed}"
 
 
 def _sha256(*texts: str) -> bytes:
@@ -254,6 +261,11 @@ def make_passes(samples, tokens_per_pass: int, pad_token_id: int, device, share=
         yield indices, {"input_ids": input_ids, "positions": positions}, targets
 
 
+def held_out_rows(cfg, rows: list[dict]) -> list[dict]:
+    """The rows of a task that are evaluated and never trained on."""
+    return split_held_out(rows, cfg.holdout_fraction)[1][: cfg.eval_samples_per_task or None]
+
+
 @dataclass
 class TaskData:
     """The training and the held-out samples of one task."""
@@ -267,11 +279,10 @@ def prepare_task(cfg, tokenizer, task: str, rows: list[dict]) -> TaskData:
 
     Raises `UserError` where either side of the split is empty.
     """
-    train, held_out = split_held_out(rows, cfg.holdout_fraction)
+    train, held_out = split_held_out(rows, cfg.holdout_fraction)[0], held_out_rows(cfg, rows)
     if cfg.max_train_samples:
         size = min(cfg.max_train_samples, len(train))
         train = random.Random(f"{cfg.seed}/{task}/train").sample(train, size)
-    held_out = held_out[: cfg.eval_samples_per_task or None]
     data = TaskData(
         *(InstructionDataset(rows, tokenizer, cfg.max_seq_len) for rows in (train, held_out))
     )

@@ -163,3 +163,50 @@ def format_readings(evaluations: list[dict], tasks: list[str], meanings: dict[st
         for name in readings
     }
     return "\n".join(["", *_table("after the last stage, read as", rows, tasks)])
+
+
+def format_scores(scores: list[dict]) -> str:
+    """Scores by task, metric and reading as aligned text.
+
+    From lines {"task", "metric", "branches", "score", "low", "high", "n"}.
+    """
+    readings = list(dict.fromkeys(line["branches"] for line in scores))
+    cells = {
+        (line["task"], line["metric"], line["branches"]): (
+            f"{line['score']:.1f} [{line['low']:.1f}, {line['high']:.1f}]"
+        )
+        for line in scores
+    }
+    sizes = {(line["task"], line["metric"]): line["n"] for line in scores}
+    first = max(len(f"{task} {metric} ({n})") for (task, metric), n in sizes.items())
+    width = max(map(len, [*cells.values(), *readings])) + 2
+    lines = ["score from 0 to 100, higher is better, with its 95 % interval"]
+    lines.append("task metric (answers)".ljust(first) + "".join(r.rjust(width) for r in readings))
+    for (task, metric), n in sizes.items():
+        row = (cells.get((task, metric, reading), "") for reading in readings)
+        told = f"{task} {metric} ({n})".ljust(first)
+        lines.append(told + "".join(cell.rjust(width) for cell in row))
+    return "\n".join(lines)
+
+
+def format_samples(samples: list[dict], references: dict[str, list[str]], width: int = 100) -> str:
+    """Answers to the same question one below the other, stage by stage, cut to `width` characters.
+
+    From lines {"stage", "task", "number", "reply"} and the references by task.
+    """
+
+    def one_line(text: str) -> str:
+        # What a model writes must not steer the terminal.
+        text = "".join(c if c.isprintable() else " " for c in text)
+        text = " ".join(text.split())
+        return text if len(text) <= width else text[: width - 3] + "..."
+
+    lines = ["answers after each stage"]
+    first = max(len("reference"), *(len(s["stage"]) for s in samples))
+    for task, number in dict.fromkeys((s["task"], s["number"]) for s in samples):
+        reference = one_line(references[task][number])
+        lines += ["", f"{task}, question {number + 1}", f"{'reference'.ljust(first)}  {reference}"]
+        for s in samples:
+            if (s["task"], s["number"]) == (task, number):
+                lines.append(f"{s['stage'].ljust(first)}  {one_line(s['reply'])}")
+    return "\n".join(lines)

@@ -1,10 +1,13 @@
 """The readings of a trained model: which branches answer a sample, and what their loss is."""
 
 import contextlib
+import dataclasses
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch.utils.data import Subset
 
@@ -14,6 +17,8 @@ from models.forward import evaluation
 from models.router import Router, prompt_feature
 from models.slsd import everywhere
 from utils_distributed import gather
+from utils_model import check_model, describe_base, load_model, load_tokenizer, select_device
+from utils_session import Session, StopSignals, inject
 from utils_train import evaluate_loss
 
 ROUTER_PROMPTS = 500
@@ -37,7 +42,7 @@ class Reading:
 
 
 # What "latest" loses against "own" is access, not knowledge; "fast" and "stage" are controls.
-LATEST = "latest"
+BASE, LATEST = "base", "latest"
 READINGS = {
     LATEST: Reading("slow + fast"),
     "own": Reading("slow + own fast", own=("fast",)),
@@ -116,17 +121,44 @@ def sources_of(session, reading: str, task: str, samples, router: Router) -> dic
     return sources
 
 
-def evaluate_reading(
-    session, method: str, reading: str, task: str, router: Router, description: str
-) -> tuple[dict, dict[str, int]]:
+@dataclass
+class Stage:
+    """A trained model, or the untouched base, opened to be read.
+
+    Attributes:
+        name: the task just learned, "joint", or "base".
+        method: what trained it.
+        router: of the tasks seen so far; it has none where no routing was learned.
+    """
+
+    name: str
+    method: str
+    session: Session
+    router: Router
+
+    def take_up(self, folder: Path) -> None:
+        """Takes up the branches and the router of a checkpoint of the same run."""
+        try:
+            load_adapter(self.session.model, folder)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.name, self.router = folder.name.removeprefix("seq_"), Router()
+        saved = folder / "router.safetensors"
+        if saved.exists():
+            self.router.restore(safetensors.torch.load(saved.read_bytes()))
+
+
+def evaluate_reading(stage: Stage, reading: str, task: str) -> tuple[dict, dict[str, int]]:
     """({"loss": nats per response token, "tokens"}, task -> samples answered as that task).
 
     Over the held-out samples of `task`.
     """
-    samples, parts = session.data[task].held_out, []
-    sources = sources_of(session, reading, task, samples, router)
+    session, parts = stage.session, []
+    samples = session.data[task].held_out
+    sources = sources_of(session, reading, task, samples, stage.router)
     for source, chosen in sources.items():
-        with read_as(session, method, reading, source):
+        with read_as(session, stage.method, reading, source):
+            description = f"{stage.name}: {task} ({reading})"
             parts.append(evaluate_loss(session, Subset(samples, chosen), description))
     tokens = sum(part["tokens"] for part in parts)
     loss = sum(part["loss"] * part["tokens"] for part in parts) / tokens
@@ -134,3 +166,43 @@ def evaluate_reading(
         {"loss": loss, "tokens": tokens},
         {source: len(chosen) for source, chosen in sources.items()},
     )
+
+
+def open_stage(cfg, checkpoint: str) -> Stage:
+    """Loads the base model and the stage checkpoint `checkpoint`, a folder, or "base" for none.
+
+    Rank, scale and places of the branches are the checkpoint's, whatever `cfg` says. Raises
+    `UserError` where the folder is no such checkpoint or was trained on another base model.
+    """
+    about, method = describe_base(cfg), "seq_lora"
+    if checkpoint != BASE:
+        folder = Path(checkpoint)
+        try:
+            facts = json.loads((folder / "ds_lora.json").read_text(encoding="utf-8"))
+            peft = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            method = facts.get("method", "ds_lora")
+            cfg = dataclasses.replace(
+                cfg,
+                lora_r=facts["r"],
+                lora_alpha=facts["alpha"],
+                lora_target_modules=peft["target_modules"],
+                num_frozen_layers=min(peft["layers_to_transform"]),
+                save_dir=str(folder.parent),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--checkpoint {folder} is no stage checkpoint ({error!r}): give a folder such as "
+                "checkpoints/seq_T5_safety, or base"
+            ) from error
+        differing = [key for key in about if key in facts and facts[key] != about[key]]
+        if differing:
+            told = ", ".join(f"{key} {facts[key]} -> {about[key]}" for key in differing)
+            raise UserError(f"--checkpoint {folder} has another base model ({told}): give its own")
+    check_model(cfg)
+    device = select_device(cfg.device)
+    model = inject(cfg, load_model(cfg, device))
+    session = Session(cfg, model, load_tokenizer(cfg), device, {}, about, None, {}, StopSignals())
+    stage = Stage(BASE, method, session, Router())
+    if checkpoint != BASE:
+        stage.take_up(Path(checkpoint))
+    return stage

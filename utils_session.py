@@ -92,6 +92,9 @@ class StopSignals:
 class Session:
     """What a script trains with.
 
+    Args:
+        state: where it is saved; None: nowhere.
+
     Attributes:
         data: task -> its samples.
         position: where the run is, for the script to read and write: JSON values.
@@ -106,7 +109,7 @@ class Session:
         device: torch.device,
         data: dict[str, TaskData],
         about_base: dict,
-        state: RunState,
+        state: RunState | None,
         identity: dict,
         stop: StopSignals,
     ):
@@ -121,7 +124,7 @@ class Session:
         self._resumed_parts: dict[str, dict] = {}
         self._logs: dict[str, JsonlLog] = {}
         self._log_sizes: dict[str, int] = {}
-        self._samples_in_pass = 0
+        self.samples_in_pass = 0
 
     def make_passes(self, samples):
         """Cuts this process's share of `samples` into passes, see `utils_data.make_passes`.
@@ -147,7 +150,7 @@ class Session:
         for one_pass in self._cut(samples, tokens):
             if num_processes() == 1:
                 self.stop.check()
-            self._samples_in_pass = len(one_pass[0])
+            self.samples_in_pass = len(one_pass[0])
             yield one_pass
 
     def _cut(self, samples, tokens: int):
@@ -207,7 +210,7 @@ class Session:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            if self._samples_in_pass <= 1:
+            if self.samples_in_pass <= 1:
                 raise UserError(
                     "out of GPU memory with one sample a pass: give --gradient_checkpointing true, "
                     "a smaller --max_seq_len, --quantization 4bit, or a larger --num_frozen_layers"
@@ -265,7 +268,7 @@ class Session:
         self._save(None, {}, keep=1)
 
     def _save(self, training, parts, keep: int = 2) -> None:
-        if not is_first():
+        if not is_first() or self._state is None:
             return
         facts = {
             "identity": self._identity,
@@ -330,7 +333,8 @@ def _check_identity(folder: Path, saved: dict | None, first: dict, own: dict) ->
         )
 
 
-def _inject(cfg, model: nn.Module) -> nn.Module:
+def inject(cfg, model: nn.Module) -> nn.Module:
+    """`model` with the branches that `cfg` asks for; `UserError` where they do not fit."""
     try:
         return replace_with_ds_lora(
             model,
@@ -383,14 +387,14 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         ]
         data = dict(zip(tasks, all_succeed(checks), strict=True))
         # The branches, without weights: what is wrong with them shows before a model is loaded.
-        (plan,) = all_succeed([lambda: _inject(cfg, skeleton(model_config))])
+        (plan,) = all_succeed([lambda: inject(cfg, skeleton(model_config))])
         all_succeed([partial(check_disk, cfg, plan, len(tasks))] if is_first() else [])
         if cfg.dry_run:
             report_plan(cfg, plan, data, device, saved and saved[0])
             raise NothingToDo("dry run: nothing was trained")
         (model,) = all_succeed([partial(load_model, cfg, device)])
         torch.manual_seed(cfg.seed)
-        _inject(cfg, model)
+        inject(cfg, model)
         if cfg.gradient_checkpointing:
             enable_checkpointing(model)
         print(f"{device}, {model.dtype}: {describe_parameters(model)}")

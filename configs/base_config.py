@@ -185,6 +185,10 @@ class BaseConfig:
         "evaluate every reading of the branches after each stage, and the tasks not yet seen too",
     )
 
+    generate: bool = knob(
+        False, "after each stage answer the held-out samples of the tasks seen, and score them"
+    )
+
     per_device_batch_size: int = knob(
         1, "times gradient_accumulation_steps and processes: the samples of an optimizer step"
     )

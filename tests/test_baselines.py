@@ -216,7 +216,7 @@ def test_drift_is_the_kl_of_the_first_tokens_and_of_the_rest():
         now = model(sample["input_ids"][None]).logits[0]
         start = len(then) // 2
         for position in range(start - 1, len(then) - 1):
-            p, q = then[position].log_softmax(-1), now[position].log_softmax(-1)
+            p, q = (logits[position].detach().log_softmax(-1) for logits in (then, now))
             kl = float((p.exp() * (p - q)).sum())
             (first if position < start + 4 else rest).append(kl)
     other = Drift(model, passes, alone, top_k=0)

@@ -13,6 +13,7 @@ from utils_metrics import (
     backward_transfer,
     forgetting,
     format_matrix,
+    format_samples,
     forward_transfer,
     learning,
     loss_matrix,
@@ -239,3 +240,17 @@ def test_a_run_that_is_not_finished_can_be_drawn(tmp_path):
     ]
     (tmp_path / "seq_eval_loss.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert plot_loss.main(["seq", "--log_dir", str(tmp_path)]) == 0
+
+
+def test_answers_are_told_stage_by_stage_and_cannot_steer_a_terminal():
+    samples = [
+        {"stage": "A", "task": "A", "number": 0, "reply": "one\ntwo \x1b[31mred"},
+        {"stage": "BB", "task": "A", "number": 0, "reply": "x" * 30},
+    ]
+    lines = format_samples(samples, {"A": ["the reference"]}, width=20).splitlines()
+    assert lines[2:] == [
+        "A, question 1",
+        "reference  the reference",
+        "A          one two [31mred",
+        f"BB         {'x' * 17}...",
+    ]

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from configs.base_config import TASKS
-from prepare_datasets import TOOL_LINE
+from utils_data import TOOL_LINE
 
 OPERATORS = {
     ast.Add: operator.add,
