@@ -11,9 +11,16 @@ from pathlib import Path
 
 from torch.utils.data import Subset
 
-from configs.base_config import UserError, command_line, knob, parse_config
+from configs.base_config import (
+    NothingToDo,
+    Stopped,
+    UserError,
+    command_line,
+    knob,
+    parse_config,
+)
 from models.ds_lora import BRANCHES, branches_restored, load_adapter, reset_branch
-from utils_benchmarks import benchmark_questions, held_out_questions
+from utils_benchmarks import Questions, benchmark_questions, held_out_questions
 from utils_checkpoint import NoLog, write_json_lines
 from utils_data import TaskData, prepare_task, read_jsonl
 from utils_distributed import is_first, joined
@@ -41,30 +48,43 @@ class Evaluation:
 @command_line
 def main(argv=None):
     cfg, wanted = parse_config(argv, Evaluation, description=__doc__)
-    cfg = dataclasses.replace(
-        cfg, eval_samples_per_task=wanted.max_samples or cfg.eval_samples_per_task
-    )
+    if wanted.max_samples:
+        cfg = dataclasses.replace(cfg, eval_samples_per_task=wanted.max_samples)
     with joined():
-        asked = held_out_questions(cfg, cfg.task_order)
+        asked_tasks = cfg.task_order
+        stage = open_stage(cfg, wanted.checkpoint)
+        # Held out is what its training held out.
+        asked = held_out_questions(stage.session.cfg, asked_tasks)
         if wanted.benchmarks:
             asked += benchmark_questions(wanted.benchmarks, wanted.max_samples)
-        stage = open_stage(cfg, wanted.checkpoint)
-        check(stage, wanted.branches, [questions.name for questions in asked])
-        with stage.session.stop.installed():
-            scores = []
-            for questions in asked:
-                lines = []
-                for reading in wanted.branches:
-                    found, of_reading = ask(stage, reading, questions, wanted.max_new_tokens)
-                    lines += found
-                    scores += of_reading
-                if is_first():
-                    write_json_lines(answers_path(stage, questions.name), lines)
-            if is_first():
-                write_json_lines(scores_path(stage), scores)
-                print(format_scores(scores))
-            if wanted.recovery:
-                recover(stage)
+        check(stage, wanted, asked)
+        if cfg.dry_run:
+            told = ", ".join(f"{len(of.rows)} of {of.name}" for of in asked)
+            raise NothingToDo(f"dry run: {told} would be asked of {stage.name}")
+        try:
+            with stage.session.stop.installed():
+                evaluate(stage, wanted, asked)
+                if wanted.recovery:
+                    recover(stage)
+        except Stopped as stop:
+            # Not "goes on": an evaluation begins anew.
+            raise KeyboardInterrupt from stop
+
+
+def evaluate(stage: Stage, wanted: Evaluation, asked: list[Questions]) -> None:
+    """Asks everything in every reading, keeps the answers, and prints and keeps the scores."""
+    scores = []
+    for questions in asked:
+        lines = []
+        for reading in wanted.branches:
+            found, of_reading = ask(stage, reading, questions, wanted.max_new_tokens)
+            lines += found
+            scores += of_reading
+        if is_first():
+            write_json_lines(answers_path(stage, questions.name), lines)
+    if is_first():
+        write_json_lines(scores_path(stage), scores)
+        print(format_scores(scores))
 
 
 def answers_path(stage: Stage, name: str) -> Path:
@@ -73,35 +93,47 @@ def answers_path(stage: Stage, name: str) -> Path:
 
 
 def scores_path(stage: Stage) -> Path:
-    """Where the scores of `stage` are kept."""
+    """Where the scores of `stage` are kept; written last."""
     return Path(stage.session.cfg.log_dir) / f"scores_{stage.name}.jsonl"
 
 
-def check(stage: Stage, readings: list[str], names: list[str]) -> None:
+def check(stage: Stage, wanted: Evaluation, asked: list[Questions]) -> None:
     """Raises `UserError` with all that stands in the way."""
     cfg, problems = stage.session.cfg, []
     possible = readings_of(stage.method, cfg.num_frozen_layers)
-    for reading in readings:
-        if reading not in possible:
+    needed = {}
+    for name in wanted.branches:
+        if name not in possible:
             problems.append(
-                f"--branches {reading}: a model trained by {stage.method} is read as "
+                f"--branches {name}: a model trained by {stage.method} is read as "
                 f"{', '.join(possible)}"
             )
-        elif READINGS[reading].own:
-            missing = [t for t in cfg.task_order if not (Path(cfg.save_dir) / f"seq_{t}").is_dir()]
-            if missing:
+        elif READINGS[name].is_routed:
+            needed[name] = stage.router.tasks
+            if not stage.router.tasks:
+                problems.append(f"--branches {name}: the checkpoint has no router.safetensors")
+        elif READINGS[name].own:
+            needed[name] = list(dict.fromkeys(questions.task for questions in asked))
+            for task in [task for task in needed[name] if task not in stage.seen]:
                 problems.append(
-                    f"--branches {reading} needs the checkpoints of {', '.join(missing)} in "
-                    f"{cfg.save_dir}: finish the run, or leave them out of --task_order"
+                    f"--branches {name}: {stage.name} comes before {task} was learned; leave it "
+                    "out of --task_order"
                 )
-        if READINGS.get(reading, READINGS[LATEST]).is_routed and not stage.router.tasks:
-            problems.append(f"--branches {reading}: the checkpoint has no router.safetensors")
-    paths = [scores_path(stage), *(answers_path(stage, name) for name in names)]
-    found = [str(path) for path in paths if path.exists()]
-    if found and not cfg.overwrite:
+    if wanted.recovery:
+        needed["recovery"] = stage.seen[:-1]
+        if stage.name not in stage.seen or not stage.seen[:-1]:
+            problems.append(f"--recovery: no task was learned before {stage.name}")
+    for name, tasks in needed.items():
+        missing = [task for task in tasks if not (Path(cfg.save_dir) / f"seq_{task}").is_dir()]
+        if missing:
+            problems.append(
+                f"{name} needs the checkpoints of {', '.join(missing)} in {cfg.save_dir}"
+            )
+    path = scores_path(stage)
+    if path.exists() and not cfg.overwrite:
         problems.append(
-            f"{found[0]} and {len(found) - 1} more are there already: give --overwrite true to "
-            "replace them, or another --log_dir"
+            f"{path} is there already: give --overwrite true to replace it and its answers, or "
+            "another --log_dir"
         )
     if problems:
         raise UserError("\n".join(problems))
@@ -111,18 +143,17 @@ def recover(stage: Stage) -> None:
     """Logs how much of what was lost comes back with a few samples of each earlier task.
 
     A copy of the branches is trained for RECOVERY_STEPS on RECOVERY_SAMPLES of it, and so are new
-    branches on the base. What so little teaches the one and not the other was not lost: its
-    forgetting was illusory.
+    branches on the base, for comparison. What comes back by so little was out of reach rather than
+    gone: an upper bound of illusory forgetting, since a small gap closes sooner than a large one.
     """
     cfg = dataclasses.replace(
         stage.session.cfg,
-        method=stage.method,
         num_epochs=RECOVERY_STEPS,
         max_steps_per_task=RECOVERY_STEPS,
         logging_steps=RECOVERY_STEPS,
     )
-    order, lines = cfg.task_order, []
-    for task in order[: order.index(stage.name)] if stage.name in order else []:
+    lines = []
+    for task in stage.seen[:-1]:
         lines.append({"stage": stage.name, "task": task, **recover_task(stage, cfg, task)})
         told = "  ".join(f"{k} {v:.3f}" for k, v in lines[-1].items() if isinstance(v, float))
         print(f"recovery of {task}: {told}")

@@ -111,7 +111,8 @@ def plot_sequence(log_dir: Path) -> Path:
         places = [stages.index(stage) for stage in seen]
         values = [loss[stage, task] for stage in seen]
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        learned = 1 if seen[0] == "base" else 0
+        # All at once: "joint" has learned every task.
+        learned = seen.index(task) if task in seen else min(1, len(seen) - 1)
         # Dotted from the untouched base to the stage that learns the task.
         lines.plot(places[: learned + 1], values[: learned + 1], ":", mfc="white", **style)
         lines.plot(places[learned:], values[learned:], linewidth=2, label=task, **style)
@@ -205,7 +206,12 @@ class Run:
         return mean([row[key] for row in self.drift if row[key] is not None])
 
     def metric(self, name: str) -> float:
-        """A number of the summary; NaN where it is null."""
+        """A number of the summary; NaN where it is null.
+
+        The LoRA of a bank's last task is not meant for the others: only what it learns counts.
+        """
+        if self.summary["config"].get("method") == "bank" and name != "learning_loss":
+            return math.nan
         value = self.summary.get(name)
         return math.nan if value is None else value
 
@@ -217,7 +223,10 @@ def mean(values: list[float]) -> float:
 
 
 # Of all fields, those that tell one run of a group from another.
-OF_A_RUN = {"seed", "log_dir", "save_dir", "overwrite"}
+OF_A_RUN = {
+    *("seed", "log_dir", "save_dir", "overwrite", "device", "tokens_per_pass", "save_steps"),
+    *("prefix_cache_gib", "gradient_checkpointing", "logging_steps"),
+}
 
 
 def group_runs(folders: list[Path]) -> dict[str, list[Run]]:
@@ -243,14 +252,34 @@ def group_runs(folders: list[Path]) -> dict[str, list[Run]]:
                     f"{run.folder} is not like {runs[0].folder} ({', '.join(sorted(differing))} "
                     f"differ): compare them under names other than {name}"
                 )
-    tasks = {tuple(sorted(run.summary["tasks"])) for runs in groups.values() for run in runs}
-    if len(tasks) > 1:
-        raise UserError(f"the runs learned different tasks ({tasks}): compare like with like")
+        seeds = [run.summary["config"]["seed"] for run in runs]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{name}: two of its {len(seeds)} runs have the same seed; give one")
+    check_alike([run for runs in groups.values() for run in runs])
     short = [re.sub(r",[^@]*", "", name) for name in groups]
     return {
         brief if short.count(brief) == 1 else name: runs
         for brief, (name, runs) in zip(short, groups.items(), strict=True)
     }
+
+
+# The base's loss on the same samples varies by rounding only, in half precision by less than this.
+SAME_BASE = 0.02
+
+
+def check_alike(runs: list[Run]) -> None:
+    """Raises UserError where the runs differ in tasks, base model or held-out samples."""
+    first, *others = (
+        dict(zip(run.summary["tasks"], run.summary["matrix"][0], strict=True)) for run in runs
+    )
+    for run, base in zip(runs[1:], others, strict=True):
+        if base.keys() != first.keys() or any(
+            abs(base[task] - first[task]) > SAME_BASE for task in first
+        ):
+            raise UserError(
+                f"{run.folder} and {runs[0].folder} differ in tasks, base model or held-out "
+                "samples (row base of the matrix): compare like with like"
+            )
 
 
 def spread(values: list[float], form: str) -> str:
@@ -298,16 +327,13 @@ def compare_tables(groups: dict[str, list[Run]]) -> str:
     rows = [["base", "", *(f"{base:.3f}" if name == "final ↓" else "" for name in COLUMNS), ""]]
     for name, runs in groups.items():
         cells = [spread([value(run) for run in runs], form) for value, form in COLUMNS.values()]
-        seconds = [
-            sum(part for key, part in stage.items() if key.endswith("_seconds"))
-            for run in runs
-            for stage in run.summary["stages"].values()
-        ]
+        stages = [stage for run in runs for stage in run.summary["stages"].values()]
+        seconds = [stage["train_seconds"] for stage in stages]
         rows.append([name, str(len(runs)), *cells, f"{sum(seconds) / len(runs) / 60:.1f}"])
     parts = [
         "Losses in nats per response token, mean ± standard deviation over seeds; ↓ lower is "
         "better, ↑ higher.",
-        markdown(["method", "seeds", *COLUMNS, "minutes"], rows),
+        markdown(["method", "seeds", *COLUMNS, "training, min"], rows),
     ]
     names = readings_of(groups)
     several = {

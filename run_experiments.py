@@ -6,22 +6,18 @@ and again. Every other option goes to all runs, whose folders lie below --log_di
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import plot_loss
-from configs.base_config import (
-    NOT_RESULTS,
-    TASKS,
-    UserError,
-    command_line,
-    knob,
-    parse_config,
-)
+from configs.base_config import TASKS, UserError, command_line, knob, parse_config
+from utils_model import describe_base
+from utils_session import differences, run_identity
 
-REPLAYED = {"use_slsd": True, "kd_probes": "replay", "kd_every": 1}
+REPLAYED = {"use_slsd": True, "kd_probes": "replay"}
 METHODS = {
     "seq_lora": {"method": "seq_lora"},
     # In all layers, as LoRA is mostly used.
@@ -37,7 +33,7 @@ METHODS = {
     "slsd_replay": {"method": "ds_lora", **REPLAYED},
     "slsd_replay_all": {"method": "ds_lora", **REPLAYED, "kd_branches": "all"},
 }
-SPECIFIED_ORDER = "12345"
+DIGITS = "12345"
 
 
 @dataclass
@@ -46,9 +42,9 @@ class Experiments:
         list(METHODS),
         f"out of {', '.join(METHODS)}; settings of its own follow a comma: slsd,kd_lambda=3",
     )
-    seeds: list[int] = knob([42], "of branch weights, samples, their order, and probes")
+    seeds: list[int] = knob([], "of branch weights, samples, their order, probes; none: --seed")
     orders: list[str] = knob(
-        [SPECIFIED_ORDER], "of the tasks: 12345 as specified, 51234 with safety first"
+        [], "of the tasks: 12345 as specified, 51234 with safety first; none: --task_order"
     )
 
 
@@ -76,38 +72,39 @@ def main(argv=None):
         print(f"[{number}/{len(runs)}] {run.name}: {state}", flush=True)
         if state == "finished" or cfg.dry_run:
             continue
-        script = Path(__file__).with_name("train_slsd_seq.py")
-        # A process of its own: what goes wrong in one run does not end the night.
-        code = subprocess.run([sys.executable, script, *run.argv]).returncode
+        code = execute(run)
         if code in (130, 143):
             raise KeyboardInterrupt
         failed += [run.name] if code else []
     done = [str(run.summary.parent) for run in runs if run.summary.exists()]
-    if done:
-        plot_loss.main(["compare", *done, "--log_dir", cfg.log_dir])
+    if done and plot_loss.main(["compare", *done, "--log_dir", cfg.log_dir]):
+        failed.append("the comparison")
     if failed:
-        raise UserError(f"{len(failed)} runs failed ({', '.join(failed)}): see above for each")
+        raise UserError(f"failed: {', '.join(failed)}; see above for each")
 
 
 def plan(cfg, experiments) -> list[Run]:
     """Every run, all seeds of one kind after another; `UserError` with all that is wrong."""
     common, runs, problems = as_flags(dataclasses.asdict(cfg)), [], []
+    given = "".join(str(TASKS.index(task) + 1) for task in cfg.task_order)
+    orders = experiments.orders or [given]
+    for order in orders:
+        if not order or set(order) - set(DIGITS):
+            problems.append(f"--orders {order}: give digits of {DIGITS}, one a task")
     for entry in experiments.methods:
         method, *own = entry.split(",")
         if method not in METHODS:
             problems.append(f"--methods {method}: give some of {', '.join(METHODS)}")
             continue
         settings = METHODS[method] | dict(setting.partition("=")[::2] for setting in own)
-        for order in experiments.orders:
-            if sorted(order) != sorted(SPECIFIED_ORDER):
-                problems.append(f"--orders {order}: give each digit of {SPECIFIED_ORDER} once")
-                continue
-            group = entry if order == SPECIFIED_ORDER else f"{entry}@{order}"
-            for seed in experiments.seeds:
+        for order in orders:
+            tasks = [TASKS[int(digit) - 1] for digit in order if digit in DIGITS]
+            group = entry if order == DIGITS else f"{entry}@{order}"
+            for seed in experiments.seeds or [cfg.seed]:
                 name = f"{group}/seed{seed}"
                 changes = {
                     **settings,
-                    "task_order": [TASKS[int(digit) - 1] for digit in order],
+                    "task_order": tasks,
                     "seed": seed,
                     "log_dir": f"{cfg.log_dir}/{name}",
                     "save_dir": f"{cfg.save_dir}/{name}",
@@ -131,20 +128,35 @@ def as_flags(settings: dict) -> list[str]:
     return flags
 
 
+def execute(run: Run) -> int:
+    """The exit code of the run, in a process of its own: its faults do not end the night."""
+    script = Path(__file__).with_name("train_slsd_seq.py")
+    with subprocess.Popen([sys.executable, script, *run.argv]) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            while True:
+                try:
+                    return process.wait()
+                except KeyboardInterrupt:
+                    # The terminal has told the run too, and it saves before it ends.
+                    continue
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
 def check_finished(run: Run) -> None:
-    """Raises `UserError` where the finished run in the folder of `run` had other settings."""
+    """Raises `UserError` where the finished run in the folder of `run` was another one."""
     if run.cfg.overwrite or not run.summary.exists():
         return
-    found, wanted = json.loads(run.summary.read_text())["config"], dataclasses.asdict(run.cfg)
-    differing = [
-        f"{name} {found.get(name)} -> {wanted[name]}"
-        for name in wanted
-        if name not in NOT_RESULTS and found.get(name) != wanted[name]
-    ]
-    if differing:
+    try:
+        wanted = run_identity(run.cfg, run.cfg.task_order, describe_base(run.cfg))
+        found = json.loads(run.summary.read_text(encoding="utf-8")).get("identity", {})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run.summary.parent} cannot be checked: {error}") from error
+    if differing := differences({name: found.get(name) for name in wanted}, wanted):
         raise UserError(
-            f"{run.summary.parent} holds a run with other settings ({', '.join(differing)}): give "
-            "another --log_dir and --save_dir, or --overwrite true"
+            f"{run.summary.parent} holds another run ({differing}): give another --log_dir and "
+            "--save_dir, or --overwrite true"
         )
 
 

@@ -4,126 +4,57 @@
 """
 
 import dataclasses
-import math
-import platform
 import sys
 import time
 
-import torch
-import transformers
 from torch.utils.data import ConcatDataset
 
-from configs.base_config import command_line, parse_config
+from configs.base_config import command_line, num_processes, parse_config
 from models.baselines import EWC, Bank, Baseline, Replay
 from models.drift import Drift
 from models.ds_lora import BRANCHES, branch_parameters, reset_branch
-from models.router import Router
 from models.slsd import SLSD
-from utils_benchmarks import Questions, held_out_questions
-from utils_checkpoint import JsonlLog, write_json, write_json_lines
+from utils_checkpoint import JsonlLog
 from utils_data import TaskData
-from utils_distributed import gather, is_first
-from utils_generate import ask, generate, prompt_ids
-from utils_metrics import (
-    format_matrix,
-    format_readings,
-    format_samples,
-    format_scores,
-    loss_matrix,
-    summarise,
-)
-from utils_plan import visits_again
-from utils_readings import (
-    BASE,
-    LATEST,
-    READINGS,
-    Stage,
-    add_to_router,
-    evaluate_reading,
-    readings_of,
-)
+from utils_distributed import gather
+from utils_plan import count_steps, visits_again
+from utils_report import SequenceReport
 from utils_session import set_up
 from utils_train import seed_torch, train_task
-
-# Of each task seen, after each stage: answers that a person can read, and their tokens.
-SAMPLES_TOLD, SAMPLE_TOKENS = 2, 64
 
 
 @command_line
 def main(argv=None):
     (cfg,) = parse_config(argv, description=__doc__)
-    tasks = cfg.task_order
-    with set_up(cfg, "seq", tasks) as session:
-        train_log, eval_log = session.log("seq_train_loss"), session.log("seq_eval_loss")
-        drift_log = session.log("seq_drift")
+    with set_up(cfg, "seq", cfg.task_order) as session:
+        train_log = session.log("seq_train_loss")
         method = session.attach("method", make_method(cfg, session))
-        drift = Drift(session.model, session.make_passes, gather, cfg.kd_top_k)
-        session.attach("drift", drift)
-        router_log, router = session.log("seq_router"), session.attach("router", Router())
-        sample_log, score_log = session.log("seq_samples"), session.log("seq_scores")
-        now = Stage(BASE, cfg.method, session, router)
-        others = [name for name in readings_of(cfg.method, cfg.num_frozen_layers) if name != LATEST]
-        questions = {asked.name: asked for asked in held_out_questions(cfg, tasks)}
-        stages = tasks
+        report, stages = SequenceReport(session), cfg.task_order
         if cfg.method == "joint":
             cfg, stages = one_stage(cfg, session)
 
-        def evaluate(seen: list[str], reading: str = LATEST):
-            for task in seen:
-                result, answered_as = evaluate_reading(now, reading, task)
-                eval_log.write(stage=now.name, eval_task=task, branches=reading, **result)
-                if READINGS[reading].is_routed:
-                    router_log.write(stage=now.name, eval_task=task, answered_as=answered_as)
-                elif reading == LATEST:
-                    loss = result["loss"]
-                    print(f"after {now.name}: {task} held-out loss {loss:.3f} nats per token")
-
         if not session.position:
-            evaluate(tasks)
+            report.base()
             session.position = {"stages_done": 0, "stages": {}}
             session.save()
         for t in range(session.position["stages_done"], len(stages)):
-            now.name = stage = stages[t]
-            start = time.perf_counter()
-            previous = stages[t - 1] if t else None
+            stage, previous = stages[t], stages[t - 1] if t else None
+            if not session.training:
+                session.started = time.perf_counter()
             probes = train_one_task_with_slsd(
-                cfg, session, stage, train_log, method, previous, drift
+                cfg, session, stage, train_log, method, previous, report.drift
             )
             trained = time.perf_counter()
-            routed = any(READINGS[name].is_routed for name in others)
-            if routed:
-                add_to_router(session, router, stage)
-            session.save_checkpoint(
-                f"seq_{stage}", **({"router": router.state()} if routed else {})
-            )
-            seen = tasks if cfg.method == "joint" else tasks[: t + 1]
-            evaluate(tasks if cfg.all_readings else seen)
-            if cfg.all_readings or t + 1 == len(stages):
-                for reading in others:
-                    evaluate(seen, reading)
-            measure_drift(session, drift, drift_log, stage, tasks)
-            log_answers(cfg, now, [questions[task] for task in seen], sample_log, score_log)
+            seen = cfg.task_order if stage == "joint" else stages[: t + 1]
+            report.stage(stage, seen, is_last=t + 1 == len(stages))
             session.position["stages_done"] = t + 1
             session.position["stages"][stage] = {
                 "probes": probes,
-                "train_seconds": trained - start,
+                "train_seconds": trained - session.started,
                 "evaluate_seconds": time.perf_counter() - trained,
             }
             session.save()
-
-        if is_first():
-            evaluations = eval_log.read()
-            matrix, joint = loss_matrix(evaluations, tasks), cfg.method == "joint"
-            print(format_matrix(matrix, tasks, joint))
-            if others:
-                meanings = {name: reading.meaning for name, reading in READINGS.items()}
-                print(format_readings(evaluations, tasks, meanings))
-            if cfg.generate:
-                last = [line for line in score_log.read() if line["stage"] == now.name]
-                print(format_scores(last))
-            references = {n: [r["output"] for r in q.rows] for n, q in questions.items()}
-            print(format_samples(sample_log.read(), references))
-            write_summary(session, matrix, summarise(matrix, joint))
+        report.finish()
         session.finish()
 
 
@@ -145,6 +76,7 @@ def make_method(cfg, session) -> SLSD | Baseline:
             params,
             make_passes,
             gather,
+            processes=num_processes(),
             weight=cfg.ewc_lambda,
             num_samples=cfg.probe_size_per_task,
             seed=cfg.seed,
@@ -156,7 +88,7 @@ def make_method(cfg, session) -> SLSD | Baseline:
         cfg = dataclasses.replace(
             cfg,
             probe_choice="random",
-            probe_size_per_task=sys.maxsize,
+            probe_size_per_task=probes_read(cfg, session),
             kd_branches="all",
             kd_forward="joint",
             kd_probes="current",
@@ -181,6 +113,12 @@ def make_method(cfg, session) -> SLSD | Baseline:
         forward=cfg.kd_forward,
         probes=cfg.kd_probes,
     )
+
+
+def probes_read(cfg, session) -> int:
+    """How many samples a task's distillation reads; more would only be kept."""
+    steps = max(count_steps(cfg, len(session.data[task].train))[1] for task in cfg.task_order)
+    return cfg.kd_batch_size * -(-steps // cfg.kd_every)
 
 
 def one_stage(cfg, session):
@@ -220,40 +158,12 @@ def begin_stage(cfg, session, task: str, method, previous: str | None, drift: Dr
         if isinstance(method, SLSD):
             report_probes(cfg, task, method)
             if drift and method.buffer:
-                drift.remember(f"{task}/{previous}", method.buffer)
+                name, buffer = f"{task}/{previous}", method.buffer
+                session.with_less_memory(lambda: drift.remember(name, buffer))
     if cfg.method == "ds_lora" and cfg.fast_init == "fresh":
         # After the probes were read: their teacher is the whole model of the last stage.
         seed_torch(cfg.seed, task, "fast branch")
         reset_branch(session.model, "fast")
-
-
-def measure_drift(session, drift: Drift, log: JsonlLog, stage: str, tasks: list[str]) -> None:
-    """Logs how far the answers to each earlier task have moved; keeps those to this stage's task.
-
-    An earlier task's are those to some of its held-out samples, by the model that had just learned
-    it, and those to some of its probes, by the model that chose them.
-    """
-    for name in drift.buffers:
-        task, teacher = name.split("/")
-        moved = {k: v if math.isfinite(v) else None for k, v in drift.measure(name).items()}
-        log.write(stage=stage, probe_task=task, teacher=teacher, **moved)
-    if stage in tasks:
-        drift.remember(f"{stage}/{stage}", session.data[stage].held_out)
-
-
-def log_answers(cfg, now: Stage, asked: list[Questions], samples: JsonlLog, scores: JsonlLog):
-    """Logs the first answers to each task's held-out samples; --generate: all, with scores."""
-    told = [(q, i) for q in asked for i in range(min(SAMPLES_TOLD, len(q.rows)))]
-    prompts = prompt_ids(now.session.tokenizer, [q.rows[i] for q, i in told], cfg.max_seq_len)
-    replies = generate(now.session, prompts, SAMPLE_TOKENS, f"{now.name}: answers")
-    for (of, number), reply in zip(told, replies, strict=True):
-        samples.write(stage=now.name, task=of.name, number=number, reply=reply)
-    for of in asked if cfg.generate else ():
-        lines, found = ask(now, LATEST, of)
-        if is_first():
-            write_json_lines(f"{cfg.log_dir}/gen_{now.name}_{of.name}.jsonl", lines)
-        for line in found:
-            scores.write(**line)
 
 
 def report_probes(cfg, task: str, slsd: SLSD) -> None:
@@ -270,30 +180,6 @@ def report_probes(cfg, task: str, slsd: SLSD) -> None:
             f"{task}: {len(slsd.buffer)} probes out of {len(seen)} samples of entropy "
             f"{min(seen):.2f} to {max(seen):.2f} nats per token"
         )
-
-
-def write_summary(session, matrix, metrics: dict[str, float]) -> None:
-    """Writes `seq_summary.json`: NaN becomes null."""
-
-    def finite(value: float):
-        return value if math.isfinite(value) else None
-
-    write_json(
-        f"{session.cfg.log_dir}/seq_summary.json",
-        {
-            "tasks": session.cfg.task_order,
-            "matrix": [[finite(loss) for loss in row] for row in matrix],
-            **{name: finite(value) for name, value in metrics.items()},
-            "stages": session.position["stages"],
-            "config": dataclasses.asdict(session.cfg),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "device": torch.cuda.get_device_name() if session.device.type == "cuda" else "cpu",
-        },
-    )
 
 
 if __name__ == "__main__":

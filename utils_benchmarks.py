@@ -6,10 +6,14 @@ that does not apply to a row is left out.
 
 import csv
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.base_config import UserError
+from utils_data import held_out_rows, read_jsonl, tool_input
+from utils_sandbox import check_sandbox, passes_tests
 from utils_scores import (
     accepted_call,
     code_of,
@@ -26,10 +30,6 @@ from utils_scores import (
     strict_number,
     wilson_interval,
 )
-
-from configs.base_config import UserError
-from utils_data import held_out_rows, read_jsonl, tool_input
-from utils_sandbox import check_sandbox, passes_tests
 
 Judge = Callable[[dict, str], dict[str, float]]
 
@@ -107,6 +107,16 @@ JUDGES: dict[str, Judge] = {
     "T3_code": judge_code,
     "T4_tool": judge_calls,
     "T5_safety": judge_refusal,
+}
+
+
+# The score of each task that tells most of it.
+PRIMARY = {
+    "T1_general": "rouge_l",
+    "T2_math": "strict",
+    "T3_code": "rouge_l",
+    "T4_tool": "exact",
+    "T5_safety": "refused",
 }
 
 
@@ -221,7 +231,7 @@ BENCHMARKS = {
 
 
 def benchmark_questions(folder: str, most: int) -> list[Questions]:
-    """The benchmarks found in `folder`, at most `most` questions of each (0: all), in file order.
+    """The benchmarks found in `folder`, a random choice of at most `most` questions (0: all).
 
     Raises `UserError` where there is none, or where one is damaged.
     """
@@ -241,5 +251,7 @@ def benchmark_questions(folder: str, most: int) -> list[Questions]:
             f"--benchmarks {folder}: none of the folders {', '.join(BENCHMARKS)} is there"
         )
     for questions in found:
-        questions.rows = questions.rows[: most or None]
+        if most and most < len(questions.rows):
+            # Of all kinds: files are sorted by kind. The same ones for every model.
+            questions.rows = random.Random(questions.name).sample(questions.rows, most)
     return found

@@ -93,17 +93,25 @@ def retention(matrix: Matrix, lower_is_better: bool = True) -> float:
     return kept / gained if gained > 0 else math.nan
 
 
-def loss_matrix(evaluations: list[dict], tasks: list[str]) -> Matrix:
-    """The matrix from lines {"stage", "eval_task", "loss"} of the reading "latest".
-
-    Stage "base" is row 0 and "joint", which learns all tasks at once, the last one.
-    """
+def _matrix(cells: dict[tuple[str, str], float], tasks: list[str]) -> Matrix:
+    """From (stage, task) -> number: "base" is row 0, "joint", which learns all, the last one."""
     matrix = [[math.nan] * len(tasks) for _ in range(len(tasks) + 1)]
     rows = {"base": 0, "joint": -1, **{task: t for t, task in enumerate(tasks, 1)}}
-    for line in evaluations:
-        if line.get("branches", "latest") == "latest":
-            matrix[rows[line["stage"]]][tasks.index(line["eval_task"])] = line["loss"]
+    for (stage, task), value in cells.items():
+        matrix[rows[stage]][tasks.index(task)] = value
     return matrix
+
+
+def loss_matrix(evaluations: list[dict], tasks: list[str]) -> Matrix:
+    """The matrix from lines {"stage", "eval_task", "loss"} of the reading "latest"."""
+    latest = [line for line in evaluations if line.get("branches", "latest") == "latest"]
+    return _matrix({(line["stage"], line["eval_task"]): line["loss"] for line in latest}, tasks)
+
+
+def score_matrix(scores: list[dict], metrics: dict[str, str]) -> Matrix:
+    """The matrix from lines {"stage", "task", "metric", "score"}; `metrics`: that of each task."""
+    wanted = [line for line in scores if metrics.get(line["task"]) == line["metric"]]
+    return _matrix({(line["stage"], line["task"]): line["score"] for line in wanted}, list(metrics))
 
 
 def summarise(matrix: Matrix, joint: bool = False) -> dict[str, float]:
@@ -124,22 +132,24 @@ def summarise(matrix: Matrix, joint: bool = False) -> dict[str, float]:
     return {"average_final_loss": final, **found}
 
 
-def _table(title: str, rows: dict[str, list[float]], tasks: list[str]) -> list[str]:
+def _table(title: str, rows: dict[str, list[float]], tasks: list[str], form=".3f") -> list[str]:
     first, width = max(map(len, [title, *rows])), max(map(len, tasks)) + 2
     lines = [title.ljust(first) + "".join(task.rjust(width) for task in tasks)]
     for name, row in rows.items():
-        cells = ("" if math.isnan(loss) else f"{loss:.3f}" for loss in row)
+        cells = ("" if math.isnan(number) else format(number, form) for number in row)
         lines.append((name.ljust(first) + "".join(cell.rjust(width) for cell in cells)).rstrip())
     return lines
 
 
+def _stages(matrix: Matrix, tasks: list[str], joint: bool) -> dict[str, list[float]]:
+    stages = {"joint": matrix[-1]} if joint else dict(zip(tasks, matrix[1:], strict=True))
+    return {"base": matrix[0], **stages}
+
+
 def format_matrix(matrix: Matrix, tasks: list[str], joint: bool = False) -> str:
     """The matrix of losses and its summary as aligned text, with what each number means."""
-    stages = {"base": matrix[0], **dict(zip(tasks, matrix[1:], strict=True))}
-    if joint:
-        stages = {"base": matrix[0], "joint": matrix[-1]}
     lines = ["held-out loss, nats per response token (lower is better)"]
-    lines += _table("stage", stages, tasks)
+    lines += _table("stage", _stages(matrix, tasks, joint), tasks)
     summary = summarise(matrix, joint)
     for name, key, form, meaning in (
         ("average final loss", "average_final_loss", ".3f", "lower is better"),
@@ -150,6 +160,19 @@ def format_matrix(matrix: Matrix, tasks: list[str], joint: bool = False) -> str:
     ):
         if not math.isnan(summary[key]):
             lines.append(f"{name.ljust(18)} {summary[key]:{form}} ({meaning})")
+    return "\n".join(lines)
+
+
+def format_score_matrix(matrix: Matrix, metrics: dict[str, str], joint: bool = False) -> str:
+    """The matrix of scores and what was forgotten, as aligned text."""
+    tasks = list(metrics)
+    names = [f"{task.partition('_')[0]} {metric}" for task, metric in metrics.items()]
+    lines = ["score from 0 to 100 (higher is better)"]
+    lines += _table("stage", _stages(matrix, tasks, joint), names, ".1f")
+    if not joint and len(tasks) > 1:
+        lost, transfer = (m(matrix, lower_is_better=False) for m in (forgetting, backward_transfer))
+        lines.append(f"forgetting         {lost:+.1f} (positive = forgotten)")
+        lines.append(f"backward transfer  {transfer:+.1f} (negative = forgotten)")
     return "\n".join(lines)
 
 

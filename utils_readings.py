@@ -136,12 +136,30 @@ class Stage:
     session: Session
     router: Router
 
+    @property
+    def seen(self) -> list[str]:
+        """The tasks learned so far, in their order."""
+        order = self.session.cfg.task_order
+        if self.name == "joint":
+            return order
+        return order[: order.index(self.name) + 1] if self.name in order else []
+
     def take_up(self, folder: Path) -> None:
-        """Takes up the branches and the router of a checkpoint of the same run."""
+        """Takes up the branches and the router of a checkpoint on the same base model.
+
+        What its training decided goes into the session's configuration: method, order of the tasks
+        and held-out share. Raises `UserError` where it does not fit.
+        """
         try:
             load_adapter(self.session.model, folder)
+            facts = json.loads((folder / "ds_lora.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(str(error)) from error
+        names = "method", "task_order", "holdout_fraction"
+        known = {name: facts[name] for name in names if name in facts}
+        self.session.cfg = dataclasses.replace(self.session.cfg, **known)
+        self.session.cfg.save_dir = str(folder.parent)
+        self.method = self.session.cfg.method
         self.name, self.router = folder.name.removeprefix("seq_"), Router()
         saved = folder / "router.safetensors"
         if saved.exists():
@@ -174,20 +192,18 @@ def open_stage(cfg, checkpoint: str) -> Stage:
     Rank, scale and places of the branches are the checkpoint's, whatever `cfg` says. Raises
     `UserError` where the folder is no such checkpoint or was trained on another base model.
     """
-    about, method = describe_base(cfg), "seq_lora"
+    about = describe_base(cfg)
     if checkpoint != BASE:
         folder = Path(checkpoint)
         try:
             facts = json.loads((folder / "ds_lora.json").read_text(encoding="utf-8"))
             peft = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-            method = facts.get("method", "ds_lora")
             cfg = dataclasses.replace(
                 cfg,
                 lora_r=facts["r"],
                 lora_alpha=facts["alpha"],
                 lora_target_modules=peft["target_modules"],
                 num_frozen_layers=min(peft["layers_to_transform"]),
-                save_dir=str(folder.parent),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -202,7 +218,7 @@ def open_stage(cfg, checkpoint: str) -> Stage:
     device = select_device(cfg.device)
     model = inject(cfg, load_model(cfg, device))
     session = Session(cfg, model, load_tokenizer(cfg), device, {}, about, None, {}, StopSignals())
-    stage = Stage(BASE, method, session, Router())
+    stage = Stage(BASE, "seq_lora", session, Router())
     if checkpoint != BASE:
         stage.take_up(Path(checkpoint))
     return stage

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -99,6 +100,8 @@ class Session:
         data: task -> its samples.
         position: where the run is, for the script to read and write: JSON values.
         training: what the loop saved of a task that is to be resumed (facts, parts), else None.
+        started: when the task at hand was, on `time.perf_counter`; what an earlier process trained
+            counts too.
     """
 
     def __init__(
@@ -119,12 +122,13 @@ class Session:
         self.prefix = FrozenPrefix(model, cfg.num_frozen_layers, prefix_room(cfg))
         self.position: dict = {}
         self.training: tuple[dict, dict] | None = None
-        self._state, self._identity = state, identity
+        self._state, self.identity = state, identity
         self._attached: dict = {}
         self._resumed_parts: dict[str, dict] = {}
         self._logs: dict[str, JsonlLog] = {}
         self._log_sizes: dict[str, int] = {}
         self.samples_in_pass = 0
+        self.started = time.perf_counter()
 
     def make_passes(self, samples):
         """Cuts this process's share of `samples` into passes, see `utils_data.make_passes`.
@@ -239,7 +243,9 @@ class Session:
         """
         if is_first():
             path = Path(self.cfg.save_dir) / name
-            about = {**self.about_base, "method": self.cfg.method}
+            names = "method", "task_order", "holdout_fraction"
+            training = {name: getattr(self.cfg, name) for name in names}
+            about = {**self.about_base, **training}
             save_checkpoint(path, self.model, self.tokenizer, about, **tensors)
 
     def attach(self, name: str, thing):
@@ -271,9 +277,10 @@ class Session:
         if not is_first() or self._state is None:
             return
         facts = {
-            "identity": self._identity,
+            "identity": self.identity,
             "position": self.position,
             "training": training,
+            "seconds": time.perf_counter() - self.started,
             "logs": {name: log.size() for name, log in self._logs.items()},
             "tokens_per_pass": {"given": self.cfg.tokens_per_pass, "used": self.tokens_per_pass},
             "prefix_room": {"given": self.cfg.prefix_cache_gib, "used": self.prefix.room},
@@ -290,6 +297,7 @@ class Session:
         self._resumed_parts = parts
         if facts["training"]:
             self.training = facts["training"], parts
+            self.started -= facts["seconds"]
         passes = facts["tokens_per_pass"]
         # Halved when memory ran out: it would run out again.
         if passes["given"] == self.cfg.tokens_per_pass:
@@ -300,16 +308,17 @@ class Session:
             self.prefix.room = room["used"]
 
 
-def run_identity(cfg, tasks: list[str], about_base: dict, dtype: torch.dtype) -> dict:
-    """What must be the same for a run to be resumed: JSON values."""
+def run_identity(cfg, tasks: list[str], about_base: dict) -> dict:
+    """What makes a run the one that it is, whatever machine it is on: JSON values."""
     config = {
         name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_RESULTS
     }
     data = {f"data of {task}": file_sha256(cfg.data_path(task)) for task in tasks}
-    return {**config, **about_base, **data, "dtype": str(dtype), "processes": num_processes()}
+    return {**config, **about_base, **data}
 
 
-def _differences(first: dict, second: dict) -> str:
+def differences(first: dict, second: dict) -> str:
+    """What differs between two identities, in words; "" where nothing does."""
     return ", ".join(
         f"another {name}"
         if "data of" in name
@@ -321,12 +330,12 @@ def _differences(first: dict, second: dict) -> str:
 
 def _check_identity(folder: Path, saved: dict | None, first: dict, own: dict) -> None:
     """Compares this process with the first one, and that with the saved state."""
-    if differing := _differences(first, own):
+    if differing := differences(first, own):
         raise UserError(
             f"process {rank()} is not like the first one ({differing}): give each machine the same "
             "files and packages"
         )
-    if saved and (differing := _differences(saved, own)):
+    if saved and (differing := differences(saved, own)):
         raise UserError(
             f"{folder} holds the state of another run ({differing}): give --overwrite true to "
             "start afresh, or another --save_dir and --log_dir"
@@ -372,7 +381,9 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         )
         all_succeed([partial(check_device, cfg, device)])
         about_base = describe_base(cfg)
-        identity = run_identity(cfg, tasks, about_base, model_dtype(cfg, device))
+        # To be resumed it must also be held and shared alike.
+        held = {"held_as": str(model_dtype(cfg, device)), "processes": num_processes()}
+        identity = run_identity(cfg, tasks, about_base) | held
         (saved,) = all_succeed([state.load if is_first() and not cfg.overwrite else lambda: None])
         saved, first = from_first((saved, identity))
         known = saved and saved[0]["identity"]

@@ -32,7 +32,7 @@ class SmolLM2Config(BaseConfig):
         "constant", "multiplier of both rates over a task; eight steps are too few to anneal"
     )
     warmup_ratio: float = knob(0.0, "share of a task's steps in which both rates rise from 0")
-    kd_every: int = knob(2, "optimizer steps from one distillation to the next")
+    kd_every: int = knob(1, "optimizer steps from one distillation to the next")
     probe_size_per_task: int = knob(16, "most probes kept per task")
     entropy_threshold: float = knob(
         4.0, "nats per response token; a small model is less sure than a large one"

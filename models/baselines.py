@@ -89,7 +89,8 @@ class Replay(Baseline):
     def end_task(self, task, samples):
         size = max(1, round(self.fraction * len(samples)))
         chosen = random.Random(f"{self.seed}/{task}/replay").sample(range(len(samples)), size)
-        self.samples += [samples[i] for i in chosen]
+        # What `restore` gives, and nothing else: samples from before and after a resume are alike.
+        self.samples += list(PackedSamples.build([samples[i] for i in chosen]))
 
     def state(self):
         return PackedSamples.build(self.samples).tensors() if self.samples else {}
@@ -109,13 +110,24 @@ class EWC(Baseline):
     Args:
         params: what is trained.
         make_passes, gather: see `models.slsd.SLSD`.
+        processes: how many share the samples.
         num_samples: most samples a Fisher is estimated from.
     """
 
     def __init__(
-        self, model: nn.Module, params, make_passes, gather, *, weight, num_samples: int, seed: int
+        self,
+        model: nn.Module,
+        params,
+        make_passes,
+        gather,
+        *,
+        processes: int,
+        weight: float,
+        num_samples: int,
+        seed: int,
     ):
         self.model, self.params, self.make_passes, self.gather = model, params, make_passes, gather
+        self.processes = processes
         self.weight, self.num_samples, self.seed = weight, num_samples, seed
         self.fisher: list[torch.Tensor] = []
         self.anchor: list[torch.Tensor] = []
@@ -128,20 +140,16 @@ class EWC(Baseline):
     def aux_backward(self, step, backward):
         if self.fisher:
             # Gradients are summed over the processes later on.
-            backward(self.penalty() / self._processes())
-
-    def _processes(self) -> int:
-        return len(self.gather(None))
+            backward(self.penalty() / self.processes)
 
     def end_task(self, task, samples):
         size = min(self.num_samples, len(samples))
         chosen = random.Random(f"{self.seed}/{task}/fisher").sample(range(len(samples)), size)
         fisher, tokens = [torch.zeros_like(p) for p in self.params], 0
         # One sample a pass and process: the gradients are squared before they are summed.
-        share = self._processes()
         with evaluation(self.model), torch.enable_grad():
-            for i in range(0, size, share):
-                group = [samples[j] for j in chosen[i : i + share]]
+            for i in range(0, size, self.processes):
+                group = [samples[j] for j in chosen[i : i + self.processes]]
                 for _, batch, targets in self.make_passes(group):
                     loss = cross_entropy(response_logits(self.model, **batch), targets)
                     gradients = torch.autograd.grad(loss, self.params)

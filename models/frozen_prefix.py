@@ -114,7 +114,9 @@ class FrozenPrefix:
             samples: {"id", "input_ids"} of each row.
             batch: "input_ids" (batch, length) and "positions", see `response_logits`.
         """
-        new = [i for i, sample in enumerate(samples) if sample["id"] not in self]
+        # Samples of the same text have the same id.
+        first = {sample["id"]: i for i, sample in reversed(list(enumerate(samples)))}
+        new = sorted(i for sample_id, i in first.items() if sample_id not in self)
         lengths = {i: len(samples[i]["input_ids"]) for i in new}
         needed = sum(lengths.values()) * self._bytes_per_token
         if not new or self.room == 0 or self.used + needed > self.room:

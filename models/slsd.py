@@ -9,11 +9,9 @@ import contextlib
 import math
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load, save_file
 from torch import nn
 
 from models.ds_lora import branch_off, branch_parameters
@@ -175,16 +173,6 @@ class ProbeBuffer(PackedSamples):
         # Stored in half precision they sum to 1 only nearly, which would bias the gradient.
         total = torch.cat([log_probs, log_tail[:, None]], dim=-1).logsumexp(-1)
         return log_probs - total[:, None], self.ids[rows].long(), log_tail - total
-
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file."""
-        save_file(self.tensors(), path, metadata={"format": "pt"})
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ProbeBuffer":
-        """Reads what `save` wrote. Raises SafetensorError or TypeError on another file."""
-        # Not mapped into memory: a file that changes underneath would kill the process.
-        return cls(**load(Path(path).read_bytes()))
 
 
 def read_answers(model: nn.Module, make_passes, samples, top_k: int, temperature: float):

@@ -13,6 +13,7 @@ from test_slsd import make_samples, make_slsd, passes
 
 import train_single_task
 import train_slsd_seq
+import utils_session
 from models.baselines import EWC, Bank, Replay
 from models.drift import Drift
 from models.ds_lora import (
@@ -100,7 +101,7 @@ def test_replay_learns_kept_samples_of_earlier_tasks_again():
 
 
 def make_ewc(model, **changes):
-    settings = {"weight": 3.0, "num_samples": 100, "seed": 0, **changes}
+    settings = {"processes": 1, "weight": 3.0, "num_samples": 100, "seed": 0, **changes}
     return EWC(model, parameters(model), passes, alone, **settings)
 
 
@@ -286,8 +287,8 @@ def test_the_readings_of_a_run(flags, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["seq_lora", "replay", "ewc", "lwf", "bank", "joint"])
-def test_each_method_runs_and_goes_on_after_a_kill(method, flags, tmp_path, monkeypatch):
-    """Killed in the middle of the last stage: the same numbers as in one go."""
+def test_each_method_runs_and_goes_on_after_kills(method, flags, tmp_path, monkeypatch):
+    """Killed in the middle of the second and of the last stage: the same numbers as in one go."""
     from test_resume import die_in_a_pass, outcome
 
     def argv(name):
@@ -295,10 +296,14 @@ def test_each_method_runs_and_goes_on_after_a_kill(method, flags, tmp_path, monk
         settings = {"save_steps": 1, "lr_lora": 5e-3, "replay_fraction": 0.3, "lora_dropout": 0.1}
         return flags(method=method, task_order=TASKS, eval_samples_per_task=4, **settings, **here)
 
-    assert train_slsd_seq.main(argv("whole")) == 0
+    cuttings = []
+    with monkeypatch.context() as patch:
+        cut = utils_session.make_passes
+        patch.setattr(utils_session, "make_passes", lambda *a: cuttings.append(a) or cut(*a))
+        assert train_slsd_seq.main(argv("whole")) == 0
     whole = outcome(tmp_path / "whole")
-    cuttings = {"joint": 12, "seq_lora": 20, "bank": 20, "replay": 25}
-    die_in_a_pass(monkeypatch, cuttings.get(method, 40), argv("cut"))
+    for share in (0.4, 0.4):
+        die_in_a_pass(monkeypatch, int(share * len(cuttings)), argv("cut"))
     assert train_slsd_seq.main(argv("cut")) == 0
     assert outcome(tmp_path / "cut") == whole
     stages = list(json.loads(whole_summary(tmp_path))["stages"])

@@ -1,11 +1,17 @@
 """Many runs by one command: what is planned, refused, done again and compared."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT, make_rows, write_rows
 from test_scripts import errors, read
 
 import run_experiments
+import train_slsd_seq
 from configs.base_config import UserError, parse_config
 from run_experiments import METHODS, Experiments, plan
 
@@ -42,11 +48,11 @@ def test_methods_orders_and_seeds_are_multiplied(flags, tmp_path):
 
 
 def test_all_that_is_wrong_is_told_at_once(flags, capsys):
-    more = ["--methods", "best", "slsd,kd_lambda=-1", "slsd,lamda=1", "--orders", "123"]
+    more = ["--methods", "best", "slsd,kd_lambda=-1", "slsd,lamda=1", "--orders", "127"]
     assert run_experiments.main([*flags(), *more]) == 2
     lines = errors(capsys)
-    assert lines[0].startswith("error: --methods best: give some of seq_lora")
-    assert any("--orders 123: give each digit" in line for line in lines)
+    assert lines[0].startswith("error: --orders 127: give digits of 12345")
+    assert any("--methods best: give some of seq_lora" in line for line in lines)
     more = ["--methods", "slsd,kd_lambda=-1", "slsd,kd_lamda=1"]
     assert run_experiments.main([*flags(), *more]) == 2
     lines = errors(capsys)
@@ -60,48 +66,76 @@ def test_what_is_missing_is_run_and_the_rest_left_alone(flags, tmp_path, capfd, 
         *flags(max_steps_per_task=1, eval_samples_per_task=2, task_order=["T2_math"]),
         *("--methods", "seq_lora", "slsd", "--seeds", "7"),
     ]
-    blocked = tmp_path / "logs" / "slsd"
+    blocked = tmp_path / "logs" / "slsd@2"
     blocked.parent.mkdir()
     blocked.write_text("a file where the folder should be")
     assert run_experiments.main(argv) == 2
     out, err = capfd.readouterr()
-    assert "error: 1 runs failed (slsd/seed7)" in err and "[2/2] slsd/seed7: starting" in out
-    assert "| seq_lora |" in out
-    done = read(tmp_path / "logs" / "seq_lora" / "seed7" / "seq_train_loss.jsonl")
-    assert len(done) == 5
+    assert "error: failed: slsd@2/seed7;" in err and "[2/2] slsd@2/seed7: starting" in out
+    assert "| seq_lora@2 |" in out
+    done = read(tmp_path / "logs" / "seq_lora@2" / "seed7" / "seq_train_loss.jsonl")
+    assert len(done) == 1
 
     blocked.unlink()
     started = []
-    run = run_experiments.subprocess.run
-    monkeypatch.setattr(
-        run_experiments.subprocess, "run", lambda argv: started.append(argv) or run(argv)
-    )
+    execute = run_experiments.execute
+    monkeypatch.setattr(run_experiments, "execute", lambda run: started.append(run) or execute(run))
     assert run_experiments.main(argv) == 0
     out = capfd.readouterr().out
-    assert len(started) == 1 and "[1/2] seq_lora/seed7: finished" in out
-    assert "| seq_lora |" in out and "| slsd     |" in out
+    assert len(started) == 1 and "[1/2] seq_lora@2/seed7: finished" in out
+    assert "| seq_lora@2 |" in out and "| slsd@2     |" in out
     assert (tmp_path / "logs" / "compare.pdf").exists()
     assert run_experiments.main([*argv, "--lr_lora", "3e-4"]) == 2
-    assert "holds a run with other settings (lr_lora 5e-05 -> 0.0003)" in errors(capfd)[0]
+    assert "holds another run (lr_lora 5e-05 -> 0.0003)" in errors(capfd)[0]
     assert run_experiments.main([*argv, "--max_steps_per_task", "2", "--overwrite", "1"]) == 0
     assert len(started) == 3
 
 
 def test_an_interrupt_ends_all(flags, capsys, monkeypatch):
-    class Ended:
-        returncode = 130
-
-    monkeypatch.setattr(run_experiments.subprocess, "run", lambda argv: Ended)
+    monkeypatch.setattr(run_experiments, "execute", lambda run: 130)
     assert run_experiments.main([*flags(), "--methods", "seq_lora", "replay"]) == 130
     assert "replay" not in capsys.readouterr().out
 
 
-def test_a_finished_run_is_compared_by_what_changes_results(flags, tmp_path):
-    (run,) = planned([*flags(), "--methods", "seq_lora"])
-    run.summary.parent.mkdir(parents=True)
-    config = json.loads(json.dumps(run.cfg.__dict__))
-    run.summary.write_text(json.dumps({"config": {**config, "tokens_per_pass": 1}}))
-    assert planned([*flags(), "--methods", "seq_lora"])
-    run.summary.write_text(json.dumps({"config": {**config, "seed": 1}}))
-    with pytest.raises(UserError, match="seed 1 -> 42"):
-        planned([*flags(), "--methods", "seq_lora"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_is_told_to_stop_and_waited_for(number, tmp_path):
+    """The stand-in for a run takes a second to save; that it did is seen after our own end."""
+    saved = tmp_path / "saved"
+    run = (
+        "import pathlib, signal, sys, time\n"
+        f"def stop(n, _):\n    time.sleep(1); pathlib.Path({str(saved)!r}).touch(); sys.exit(9)\n"
+        "signal.signal(signal.SIGINT, stop); signal.signal(signal.SIGTERM, stop)\n"
+        "print('ready', flush=True); time.sleep(30)"
+    )
+    code = (
+        "import subprocess, sys, types, run_experiments\n"
+        "plain = subprocess.Popen\n"
+        f"subprocess.Popen = lambda argv: plain([sys.executable, '-c', {run!r}])\n"
+        "sys.exit(run_experiments.execute(types.SimpleNamespace(argv=[])))"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    # A terminal tells the whole group of an interrupt, a scheduler only the first process.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    assert process.wait(20) == 9 and saved.exists()
+
+
+def test_a_finished_run_of_another_model_or_other_data_is_not_taken_for_this_one(flags, tmp_path):
+    argv = [*flags(task_order=["T2_math"], max_steps_per_task=1), "--methods", "seq_lora"]
+    (run,) = planned(argv)
+    assert train_slsd_seq.main(run.argv) == 0
+    assert planned([*argv, "--tokens_per_pass", "7"])
+    with pytest.raises(UserError, match="max_steps_per_task 1 -> 2"):
+        planned([*argv, "--max_steps_per_task", "2"])
+    other = tmp_path / "data"
+    write_rows(other / "T2_math.jsonl", make_rows("T2_math", 31))
+    with pytest.raises(UserError, match="another data of T2_math"):
+        planned([*argv, "--data_dir", str(other)])
+    summary = json.loads(run.summary.read_text())
+    summary["identity"]["weights"] = "others"
+    run.summary.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="weights others ->"):
+        planned(argv)

@@ -156,3 +156,14 @@ def test_the_layers_come_back_after_a_fault():
     with pytest.raises(IndexError):
         prefix.run_bottom(torch.full((1, 4), 10**6))
     assert list(model.model.layers) == layers
+
+
+def test_rows_of_the_same_text_are_kept_once():
+    model = inject(make_model())
+    (sample,) = make_samples([9])
+    prefix = FrozenPrefix(model, 2, 10**6)
+    ids = torch.stack([sample["input_ids"]] * 2)
+    kept = prefix.keep([sample, sample], {"input_ids": ids, "positions": torch.tensor([3])})
+    assert kept == [sample["id"]] and prefix.used == 9 * 32 * 4
+    prefix.drop(kept)
+    assert prefix.used == 0

@@ -1,6 +1,7 @@
 """Answers: the prompts of training, greedy, whatever the batch; the scripts that ask for them."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -141,8 +142,10 @@ def test_a_sequence_tells_its_first_answers_side_by_side(flags, tmp_path, capsys
     assert [(line["stage"], line["task"], line["number"]) for line in lines] == seen
     assert "T1_general, question 2\nreference   add gives" in printed
     scores = read(tmp_path / "logs" / "seq_scores.jsonl")
-    assert {(s["stage"], s["task"]) for s in scores} == {(s, t) for s, t, _ in seen}
-    answers = read(tmp_path / "logs" / "gen_T3_code_T1_general.jsonl")
+    base = {("base", task) for task in TASKS}
+    assert {(s["stage"], s["task"]) for s in scores} == {(s, t) for s, t, _ in seen} | base
+    assert "stage       T1 rouge_l   T2 strict  T3 rouge_l" in printed
+    answers = read(tmp_path / "logs" / "seq_gen_T3_code_T1_general.jsonl")
     assert len(answers) == 3 and all(a["branches"] == "latest" for a in answers)
     # Cut to fewer tokens, the same answers.
     told = [
@@ -157,8 +160,9 @@ def test_a_stage_is_asked_in_every_reading(trained, tmp_path, capsys):
     checkpoint = ["--checkpoint", str(tmp_path / "checkpoints" / "seq_T3_code")]
     argv = [*trained, *checkpoint, "--max_new_tokens", "8"]
     readings = ["latest", "own", "slow", "fast", "stage", "routed"]
-    # Places and rank are the checkpoint's, whatever is given.
+    # Places, rank and what is held out are the checkpoint's, whatever is given.
     more = ["--branches", *readings, "--lora_r", "3", "--num_frozen_layers", "1"]
+    more += ["--holdout_fraction", "0.9"]
     assert evaluate_tasks.main([*argv, *more]) == 0
     printed = capsys.readouterr().out
     lines = read(tmp_path / "logs" / "gen_T3_code_T2_math.jsonl")
@@ -177,7 +181,9 @@ def test_a_stage_is_asked_in_every_reading(trained, tmp_path, capsys):
     assert strict["score"] == 100 * sum(values) / 4 and strict["n"] == 4
     assert "T2_math strict (4)" in printed and f"{strict['score']:.1f} [" in printed
     assert evaluate_tasks.main(argv) == 2
-    assert "give --overwrite true to replace them" in errors(capsys)[0]
+    assert "give --overwrite true to replace it and its answers" in errors(capsys)[0]
+    assert evaluate_tasks.main([*argv, "--overwrite", "true", "--dry_run", "true"]) == 0
+    assert "4 of T2_math" in capsys.readouterr().out
     assert evaluate_tasks.main([*argv, "--overwrite", "true", "--max_samples", "2"]) == 0
     assert len(read(tmp_path / "logs" / "gen_T3_code_T2_math.jsonl")) == 2
 
@@ -192,9 +198,16 @@ def test_what_cannot_be_asked_is_told_at_once(trained, tmp_path, capsys):
     argv = [*trained, "--checkpoint", str(folder), "--branches", "routed", "own", "best"]
     assert evaluate_tasks.main([*argv, "--task_order", "T4_tool"]) == 2
     lines = errors(capsys)
-    assert "needs the checkpoints of T4_tool" in lines[0]
+    assert any("T3_code comes before T4_tool was learned" in line for line in lines)
+    assert any("own needs the checkpoints of T4_tool" in line for line in lines)
     assert any("has no router.safetensors" in line for line in lines)
     assert any("--branches best: a model trained by ds_lora" in line for line in lines)
+    first = str(tmp_path / "checkpoints" / "seq_T1_general")
+    assert evaluate_tasks.main([*trained, "--recovery", "true", "--checkpoint", first]) == 2
+    assert "--recovery: no task was learned before T1_general" in errors(capsys)[0]
+    shutil.rmtree(first)
+    assert evaluate_tasks.main([*trained, "--recovery", "true", "--checkpoint", str(folder)]) == 2
+    assert "recovery needs the checkpoints of T1_general" in errors(capsys)[0]
     facts = json.loads((folder / "ds_lora.json").read_text())
     (folder / "ds_lora.json").write_text(json.dumps({**facts, "weights": "others"}))
     assert evaluate_tasks.main([*trained, "--checkpoint", str(folder)]) == 2
@@ -206,8 +219,10 @@ def test_recovery_trains_copies_only(trained, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "checkpoints" / "seq_T3_code"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     argv = [*trained, "--checkpoint", str(folder), "--recovery", "true", "--max_new_tokens", "1"]
+    argv += ["--task_order", "T3_code", "T2_math"]
     assert evaluate_tasks.main(argv) == 0
     lines = read(tmp_path / "logs" / "recovery_T3_code.jsonl")
+    # In the order of training, whatever is given.
     assert [line["task"] for line in lines] == TASKS[:2]
     losses = read(tmp_path / "logs" / "seq_eval_loss.jsonl")
     loss = {(r["stage"], r["eval_task"]): r["loss"] for r in losses if r["branches"] == "latest"}

@@ -14,10 +14,12 @@ from utils_metrics import (
     forgetting,
     format_matrix,
     format_samples,
+    format_score_matrix,
     forward_transfer,
     learning,
     loss_matrix,
     retention,
+    score_matrix,
     summarise,
 )
 
@@ -165,7 +167,7 @@ def test_compare_means_over_seeds_and_draws(tmp_path, capsys):
     assert written in printed
     rows = table_of(written)
     cells = dict(zip(rows["header"][1:], rows["one"], strict=True))
-    assert cells["seeds"] == "2" and cells["minutes"] == "4.5"
+    assert cells["seeds"] == "2" and cells["training, min"] == "3.0"
     values = [forgetting(LOSSES), forgetting(better)]
     assert cells["forgetting ↓"] == f"{np.mean(values):+.3f} ± {np.std(values, ddof=1):.3f}"
     assert cells["just learned ↓"] == "2.000 ± 0.000"
@@ -196,7 +198,9 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
             write_run(tmp_path / "one" / "seed2", LOSSES, seed=2, kd_lambda=3.0),
             "is not like",
         ),
-        (write_run(tmp_path / "two", [[5.0, 5.0], [2.0, NAN], [2.0, 3.0]]), "different tasks"),
+        (write_run(tmp_path / "two", [[5.0, 5.0], [2.0, NAN], [2.0, 3.0]]), "differ in tasks"),
+        (write_run(tmp_path / "three", [[4.0, 5.0, 5.0], *LOSSES[1:]]), "differ in tasks, base"),
+        (write_run(tmp_path / "again" / "one" / "seed3", LOSSES), "have the same seed"),
     ):
         assert plot_loss.main(["compare", first, other, "--log_dir", str(tmp_path)]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
@@ -254,3 +258,49 @@ def test_answers_are_told_stage_by_stage_and_cannot_steer_a_terminal():
         "A          one two [31mred",
         f"BB         {'x' * 17}...",
     ]
+
+
+def test_a_bank_is_told_by_its_own_loras(tmp_path):
+    run = write_run(tmp_path / "bank", LOSSES, (), {"own": 1.5}, method="bank")
+    assert plot_loss.main(["compare", run, "--log_dir", str(tmp_path)]) == 0
+    text = (tmp_path / "compare.md").read_text()
+    cells = dict(zip(*(table_of(text)[name] for name in ("header", "bank")), strict=False))
+    assert "| bank   | 1     | 2.000          |              |" in text, cells
+    assert "| bank   | 2.233  | 1.500 |" in text
+
+
+def test_a_task_is_drawn_dotted_until_it_is_learned(tmp_path, monkeypatch):
+    rows = [
+        {"stage": stage, "eval_task": task, "branches": "latest", "loss": 1.0}
+        for stage in ("base", "A", "B")
+        for task in ("A", "B")
+    ]
+    (tmp_path / "seq_eval_loss.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    drawn = []
+    monkeypatch.setattr(plot_loss, "save", lambda figure, path: drawn.append(figure) or path)
+    assert plot_loss.main(["seq", "--log_dir", str(tmp_path)]) == 0
+    lines = drawn[0].axes[0].get_lines()
+    assert [(line.get_linestyle(), len(line.get_xdata())) for line in lines] == [
+        (":", 2),
+        ("-", 2),
+        (":", 3),
+        ("-", 1),
+    ]
+
+
+def test_scores_have_a_matrix_of_their_own():
+    lines = [
+        {"stage": stage, "task": task, "metric": metric, "score": score}
+        for stage, task, metric, score in (
+            ("base", "A", "right", 5.0),
+            ("A", "A", "right", 60.0),
+            ("A", "A", "other", 99.0),
+            ("B", "A", "right", 40.0),
+            ("B", "B", "good", 80.0),
+        )
+    ]
+    metrics = {"A": "right", "B": "good"}
+    matrix = score_matrix(lines, metrics)
+    assert matrix[2] == [40.0, 80.0] and matrix[0][0] == 5.0 and math.isnan(matrix[0][1])
+    text = format_score_matrix(matrix, metrics)
+    assert "forgetting         +20.0" in text and "backward transfer  -20.0" in text
