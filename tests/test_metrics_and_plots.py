@@ -304,3 +304,28 @@ def test_scores_have_a_matrix_of_their_own():
     assert matrix[2] == [40.0, 80.0] and matrix[0][0] == 5.0 and math.isnan(matrix[0][1])
     text = format_score_matrix(matrix, metrics)
     assert "forgetting         +20.0" in text and "backward transfer  -20.0" in text
+
+
+def test_scores_are_compared_where_they_are_there(tmp_path):
+    def scored(folder, score, **config):
+        run = write_run(folder, LOSSES, **config)
+        line = {
+            "task": "A",
+            "metric": "exact",
+            "branches": "own",
+            "score": score,
+            "low": 20,
+            "high": 70,
+        }
+        (folder / "scores_C.jsonl").write_text(json.dumps(line) + "\n")
+        return run
+
+    runs = [scored(tmp_path / "one", 45.4), write_run(tmp_path / "none", LOSSES)]
+    runs += [scored(tmp_path / "two" / f"seed{s}", 40 + s, seed=s) for s in (1, 3)]
+    assert plot_loss.main(["compare", *runs, "--log_dir", str(tmp_path)]) == 0
+    text = (tmp_path / "compare.md").read_text()
+    assert (
+        "| one    | own     | 45 [20, 70] |" in text
+        and "| two    | own     | 42.0 ± 1.4  |" in text
+    )
+    assert "| none   | own" not in text

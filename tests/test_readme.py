@@ -1,0 +1,75 @@
+"""Both READMEs give the same commands, and the commands are ones that there are."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import chat
+import evaluate_tasks
+import plot_loss
+import prepare_datasets
+import run_experiments
+import train_single_task
+import train_slsd_seq
+
+MAINS = {
+    f"{script.__name__}.py": script.main
+    for script in (
+        chat,
+        evaluate_tasks,
+        plot_loss,
+        prepare_datasets,
+        run_experiments,
+        train_single_task,
+        train_slsd_seq,
+    )
+}
+
+
+def blocks(name: str, language: str) -> list[str]:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(name: str) -> list[str]:
+    """Without the comments, which may be in another language."""
+    lines = "\n".join(blocks(name, "bash")).splitlines()
+    return [re.sub(r"\s+#.*", "", line) for line in lines if line.strip()]
+
+
+def test_both_languages_give_the_same_commands_and_name_one_another():
+    assert commands("README.md") == commands("README.zh-CN.md")
+    for language in ("python", "math"):
+        assert blocks("README.md", language) == blocks("README.zh-CN.md", language)
+    assert "(README.zh-CN.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "(README.md)" in (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+
+
+def test_both_languages_give_the_same_numbers():
+    """Tables of figures are copied, not translated: a cell with a decimal is in both."""
+
+    def decimals(name):
+        rows = re.findall(r"^\|.*\|$", (ROOT / name).read_text(encoding="utf-8"), re.M)
+        return [re.findall(r"\d+\.\d+", row) for row in rows if re.search(r"\d\.\d", row)]
+
+    assert decimals("README.md") == decimals("README.zh-CN.md")
+
+
+@pytest.mark.parametrize(
+    "command", [line for line in commands("README.md") if ".py" in line and "pip" not in line]
+)
+def test_every_command_of_the_readme_is_understood(command, capsys):
+    """Its options are known: an unknown one would be refused before --help is looked at."""
+    words = shlex.split(command)
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    if words[place] not in MAINS:
+        assert (ROOT / words[place]).exists()
+        return
+    options = [word for word in words[place + 1 :] if word.startswith("--")]
+    with pytest.raises(SystemExit) as end:
+        MAINS[words[place]](["--help"])
+    assert end.value.code == 0
+    told = capsys.readouterr().out
+    assert all(re.search(rf"{option}\b", told) for option in options)

@@ -1,0 +1,410 @@
+"""What every picture needs, and the comparison of finished runs. Imports nothing of the project."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe & Ito's palette: told apart with every kind of colour vision. Markers tell them apart too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+UNIT = "loss (nats per response token)"
+
+
+class UserError(Exception):
+    """Something the user can mend; the message says how."""
+
+
+def read_log(path: Path, keys: tuple[str, ...], command: str) -> list[dict]:
+    """Rows of a JSON-lines log that hold all `keys`.
+
+    Raises UserError where the log is missing, empty or damaged; `command` is what writes it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run {command} first, or give --log_dir") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            missing = [key for key in keys if key not in rows[-1]]
+        except (json.JSONDecodeError, TypeError):
+            raise UserError(
+                f"{path}, line {number}: damaged; remove the line or run again"
+            ) from None
+        if missing:
+            raise UserError(f"{path}, line {number}: {missing[0]!r} is missing; is it this log?")
+    if not rows:
+        raise UserError(f"{path} is empty: wait for the first line, or run {command} again")
+    return rows
+
+
+def save(figure, path: Path) -> Path:
+    """Writes the picture and returns its path."""
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+@dataclass
+class Run:
+    """One run of the sequence, as its log folder tells it."""
+
+    folder: Path
+    summary: dict
+    losses: list[dict]  # of the last stage: {"eval_task", "branches", "loss"}
+    drift: list[dict]  # of the last stage, from each earlier task's just-learned model
+    scores: list[dict]  # of the last stage, where evaluate_tasks.py was run on it
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Raises UserError where the run is not finished."""
+        path, command = folder / "seq_summary.json", "python train_slsd_seq.py"
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            last = list(summary["stages"])[-1]
+            summary["config"]["seed"], summary["matrix"], summary["tasks"]
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: is the run of that folder finished?") from None
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise UserError(f"{path} is no summary of a run: run {command} again") from None
+        rows = read_log(folder / "seq_eval_loss.jsonl", ("stage", "eval_task", "loss"), command)
+        log, moved = folder / "seq_drift.jsonl", []
+        # One task alone, or all at once, has no earlier one.
+        if log.exists() and log.stat().st_size:
+            moved = read_log(log, ("stage", "probe_task", "teacher", "kl_first"), command)
+        path, keys = folder / f"scores_{last}.jsonl", ("task", "metric", "branches", "score")
+        scores = read_log(path, keys, "python evaluate_tasks.py") if path.exists() else []
+        return cls(
+            folder,
+            summary,
+            [row for row in rows if row["stage"] == last],
+            [
+                row
+                for row in moved
+                if row["stage"] == last and row["probe_task"] == row["teacher"] != last
+            ],
+            scores,
+        )
+
+    def reading(self, name: str) -> float:
+        """Mean loss of all tasks after the last stage as the reading `name`; NaN without it."""
+        return mean([r["loss"] for r in self.losses if r.get("branches", "latest") == name])
+
+    def moved(self, key: str) -> float:
+        """Mean drift of the earlier tasks: "kl_first" or "kl_rest", nats per response token."""
+        return mean([row[key] for row in self.drift if row[key] is not None])
+
+    def metric(self, name: str) -> float:
+        """A number of the summary; NaN where it is null.
+
+        The LoRA of a bank's last task is not meant for the others: only what it learns counts.
+        """
+        if self.summary["config"].get("method") == "bank" and name != "learning_loss":
+            return math.nan
+        value = self.summary.get(name)
+        return math.nan if value is None else value
+
+
+def mean(values: list[float]) -> float:
+    """The mean of the numbers that are not NaN; NaN without any."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+# Of all fields, those that tell one run of a group from another.
+OF_A_RUN = {
+    *("seed", "log_dir", "save_dir", "overwrite", "device", "tokens_per_pass", "save_steps"),
+    *("prefix_cache_gib", "gradient_checkpointing", "logging_steps"),
+}
+
+
+def group_runs(folders: list[Path]) -> dict[str, list[Run]]:
+    """Runs by name: folders NAME/seed1, NAME/seed2, ... are one group NAME.
+
+    Settings that follow a comma in a name are left out where the names stay apart without them.
+    Raises UserError where the runs of a group differ in more than the seed.
+    """
+    groups: dict[str, list[Run]] = {}
+    for folder in dict.fromkeys(folder.resolve() for folder in folders):
+        is_seed = re.fullmatch(r"seed\d+", folder.name)
+        groups.setdefault(folder.parent.name if is_seed else folder.name, []).append(
+            Run.read(folder)
+        )
+    for name, runs in groups.items():
+        first, *others = (
+            {k: v for k, v in run.summary["config"].items() if k not in OF_A_RUN} for run in runs
+        )
+        for run, config in zip(runs[1:], others, strict=True):
+            differing = [key for key in {**first, **config} if first.get(key) != config.get(key)]
+            if differing:
+                raise UserError(
+                    f"{run.folder} is not like {runs[0].folder} ({', '.join(sorted(differing))} "
+                    f"differ): compare them under names other than {name}"
+                )
+        seeds = [run.summary["config"]["seed"] for run in runs]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{name}: two of its {len(seeds)} runs have the same seed; give one")
+    check_alike([run for runs in groups.values() for run in runs])
+    short = [re.sub(r",[^@]*", "", name) for name in groups]
+    return {
+        brief if short.count(brief) == 1 else name: runs
+        for brief, (name, runs) in zip(short, groups.items(), strict=True)
+    }
+
+
+# The base's loss on the same samples varies by rounding only, in half precision by less than this.
+SAME_BASE = 0.02
+
+
+def check_alike(runs: list[Run]) -> None:
+    """Raises UserError where the runs differ in tasks, base model or held-out samples."""
+    first, *others = (
+        dict(zip(run.summary["tasks"], run.summary["matrix"][0], strict=True)) for run in runs
+    )
+    for run, base in zip(runs[1:], others, strict=True):
+        if base.keys() != first.keys() or any(
+            abs(base[task] - first[task]) > SAME_BASE for task in first
+        ):
+            raise UserError(
+                f"{run.folder} and {runs[0].folder} differ in tasks, base model or held-out "
+                "samples (row base of the matrix): compare like with like"
+            )
+
+
+def spread(values: list[float], form: str, form_of_spread: str = ".3f") -> str:
+    """Mean and, of several, sample standard deviation; empty where there is no number."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return ""
+    text = format(statistics.fmean(known), form)
+    if len(known) > 1:
+        text += f" ± {format(statistics.stdev(known), form_of_spread)}"
+    return text
+
+
+COLUMNS: dict[str, tuple[Callable[[Run], float], str]] = {
+    "just learned ↓": (lambda run: run.metric("learning_loss"), ".3f"),
+    "forgetting ↓": (lambda run: run.metric("forgetting"), "+.3f"),
+    "BWT ↑": (lambda run: run.metric("backward_transfer"), "+.3f"),
+    "final ↓": (lambda run: run.metric("average_final_loss"), ".3f"),
+    "AIA ↓": (lambda run: run.metric("average_incremental_loss"), ".3f"),
+    "retention ↑": (lambda run: run.metric("retention"), ".2f"),
+    "drift, first 5 ↓": (lambda run: run.moved("kl_first"), ".3f"),
+    "drift, rest ↓": (lambda run: run.moved("kl_rest"), ".3f"),
+}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """An aligned Markdown table, for a file and for a terminal."""
+    table = [header, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in table
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def readings_of(groups: dict[str, list[Run]]) -> list[str]:
+    """The readings that some run has, "latest" first."""
+    names = (row.get("branches", "latest") for runs in groups.values() for row in runs[0].losses)
+    return list(dict.fromkeys(["latest", *names]))
+
+
+def compare_tables(groups: dict[str, list[Run]]) -> str:
+    """All groups by metric, and those with several readings by reading."""
+    a_run = next(iter(groups.values()))[0]
+    base = mean([loss for loss in a_run.summary["matrix"][0] if loss is not None])
+    rows = [["base", "", *(f"{base:.3f}" if name == "final ↓" else "" for name in COLUMNS), ""]]
+    for name, runs in groups.items():
+        cells = [spread([value(run) for run in runs], form) for value, form in COLUMNS.values()]
+        stages = [stage for run in runs for stage in run.summary["stages"].values()]
+        seconds = [stage["train_seconds"] for stage in stages]
+        rows.append([name, str(len(runs)), *cells, f"{sum(seconds) / len(runs) / 60:.1f}"])
+    parts = [
+        "Losses in nats per response token, mean ± standard deviation over seeds; ↓ lower is "
+        "better, ↑ higher.",
+        markdown(["method", "seeds", *COLUMNS, "training, min"], rows),
+    ]
+    names = readings_of(groups)
+    several = {
+        name: cells
+        for name, runs in groups.items()
+        if sum(map(bool, cells := [spread([r.reading(n) for r in runs], ".3f") for n in names])) > 1
+    }
+    if several:
+        parts += [
+            "Final loss by reading:",
+            markdown(["method", *names], [[name, *cells] for name, cells in several.items()]),
+        ]
+    if any(run.scores for runs in groups.values() for run in runs):
+        parts += [
+            "Scores after the last stage, 0 to 100, higher is better: with the 95 % interval of "
+            "one seed, or mean ± standard deviation of several.",
+            markdown(*score_table(groups)),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def score_table(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): a row for each method and reading, a column for each score."""
+    cells: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for name, runs in groups.items():
+        for line in (line for run in runs for line in run.scores):
+            column = f"{line['task']} {line['metric']}"
+            of_row = cells.setdefault((name, line["branches"]), {})
+            of_row.setdefault(column, []).append(line)
+    columns = list(dict.fromkeys(column for of_row in cells.values() for column in of_row))
+
+    def told(lines: list[dict]) -> str:
+        if len(lines) == 1:
+            (line,) = lines
+            return f"{line['score']:.0f} [{line['low']:.0f}, {line['high']:.0f}]"
+        return spread([line["score"] for line in lines], ".1f", ".1f")
+
+    rows = [[*key, *(told(of_row.get(c, [])) for c in columns)] for key, of_row in cells.items()]
+    return ["method", "read as", *columns], rows
+
+
+def style_of(i: int) -> dict:
+    """Colour and marker of the i-th group; no pair comes twice among 49."""
+    turn = i + i // len(COLOURS)
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[turn % len(MARKERS)]}
+
+
+def draw_trade_off(axes, groups: dict[str, list[Run]]) -> None:
+    """Learning against forgetting; a method without a sequence is a line."""
+    for i, (name, runs) in enumerate(groups.items()):
+        x = [run.metric("learning_loss") for run in runs]
+        y = [run.metric("forgetting") for run in runs]
+        style = style_of(i)
+        if math.isnan(mean(y)):
+            axes.axvline(mean(x), color=style["color"], linestyle="--", label=f"{name} (no order)")
+            continue
+        errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in (x, y)]
+        axes.errorbar(
+            mean(x),
+            mean(y),
+            *errors[::-1],
+            label=name,
+            ls="",
+            ms=8,
+            capsize=3,
+            elinewidth=1,
+            **style,
+        )
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(
+        title="learning against forgetting (lower left is better)",
+        xlabel="loss when just learned (nats per response token)",
+        ylabel="forgetting (nats per response token)",
+    )
+    axes.grid(alpha=0.3)
+
+
+def draw_readings(axes, groups: dict[str, list[Run]]) -> None:
+    """Final loss by reading, a line for each group that has several."""
+    names = readings_of(groups)
+    several = {n: r for n, r in groups.items() if len({x["branches"] for x in r[0].losses}) > 1}
+    if not several:
+        axes.axis("off")
+        return
+    for j, reading in enumerate(names):
+        values = [[run.reading(reading) for run in runs] for runs in several.values()]
+        axes.errorbar(
+            [mean(of_group) for of_group in values],
+            # One above the other, so that none hides another.
+            [i + (j / len(names) - 0.5) / 2 for i in range(len(several))],
+            xerr=[statistics.stdev(v) if len(v) > 1 else 0 for v in values],
+            label=reading,
+            ls="",
+            capsize=3,
+            elinewidth=1,
+            **style_of(j),
+        )
+    axes.set_yticks(range(len(several)), several)
+    axes.set_ylim(len(several) - 0.5, -0.5)
+    axes.set(title="after the last stage, by reading", xlabel="mean loss (nats per response token)")
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize="small", ncols=2)
+
+
+def draw_forgotten(axes, runs: list[Run], name: str, largest: float):
+    """How much worse each task is after each stage than right after its own; mean over seeds."""
+    change, tasks = forgotten(runs), [task.partition("_")[0] for task in runs[0].summary["tasks"]]
+    image = axes.imshow(change, cmap="RdBu_r", vmin=-largest, vmax=largest)
+    for y, row in enumerate(change):
+        for x, value in enumerate(row):
+            if not math.isnan(value):
+                color = "white" if abs(value) > 0.6 * largest else "black"
+                text = f"{value:+.2f}" if x != y else "0"
+                axes.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
+    axes.set_title(name, fontsize="medium")
+    axes.set_xticks(range(len(tasks)), tasks, fontsize="small")
+    axes.set_yticks(range(len(tasks)), tasks, fontsize="small")
+    return image
+
+
+def forgotten(runs: list[Run]) -> list[list[float]]:
+    """A[t][i] - A[i][i] of stages t >= i, mean over `runs`; NaN elsewhere."""
+    size = len(runs[0].summary["tasks"])
+    matrices = [run.summary["matrix"] for run in runs]
+    return [
+        [
+            mean([m[t + 1][i] - m[i + 1][i] for m in matrices if m[i + 1][i] is not None])
+            if i <= t and matrices[0][t + 1][i] is not None
+            else math.nan
+            for i in range(size)
+        ]
+        for t in range(size)
+    ]
+
+
+MATRICES_IN_A_ROW = 6
+
+
+def plot_compare(folders: list[Path], log_dir: Path) -> Path:
+    """Prints and writes the tables, and draws the figure as PNG and PDF."""
+    groups = group_runs(folders)
+    tables = compare_tables(groups)
+    print(tables)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    (log_dir / "compare.md").write_text(tables, encoding="utf-8")
+
+    ordered = {
+        n: runs for n, runs in groups.items() if not math.isnan(runs[0].metric("forgetting"))
+    }
+    rows = -(-len(ordered) // MATRICES_IN_A_ROW)
+    figure = plt.figure(figsize=(14, 5 + 2.5 * rows), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(5, max(2.5 * rows, 0.1)))
+    trade_off, readings = top.subplots(1, 2)
+    draw_trade_off(trade_off, groups)
+    top.legend(*trade_off.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    draw_readings(readings, groups)
+    if ordered:
+        cells = [abs(v) for runs in ordered.values() for row in forgotten(runs) for v in row]
+        largest = max((cell for cell in cells if not math.isnan(cell)), default=0) or 1
+        columns = min(len(ordered), MATRICES_IN_A_ROW)
+        grid = bottom.subplots(rows, columns, squeeze=False).flatten()
+        for axes, (name, runs) in zip(grid, ordered.items(), strict=False):
+            image = draw_forgotten(axes, runs, name, largest)
+        for axes in grid[len(ordered) :]:
+            axes.axis("off")
+        for axes in grid[::columns]:
+            axes.set_ylabel("stage")
+        bottom.suptitle("change of each task's loss since it was learned (red: forgotten)")
+        bottom.colorbar(image, ax=list(grid), shrink=0.8, label="nats per token")
+    figure.savefig(log_dir / "compare.pdf")
+    return save(figure, log_dir / "compare.png")
