@@ -123,6 +123,12 @@ def mean(values: list[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
+def deviation(values: list[float]) -> float:
+    """The sample standard deviation of the numbers that are not NaN; 0 of fewer than two."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.stdev(known) if len(known) > 1 else 0.0
+
+
 # Of all fields, those that tell one run of a group from another.
 OF_A_RUN = {
     *("seed", "log_dir", "save_dir", "overwrite", "device", "tokens_per_pass", "save_steps"),
@@ -188,9 +194,9 @@ def spread(values: list[float], form: str, form_of_spread: str = ".3f") -> str:
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return ""
-    text = format(statistics.fmean(known), form)
+    text = format(mean(known), form)
     if len(known) > 1:
-        text += f" ± {format(statistics.stdev(known), form_of_spread)}"
+        text += f" ± {format(deviation(known), form_of_spread)}"
     return text
 
 
@@ -293,7 +299,7 @@ def draw_trade_off(axes, groups: dict[str, list[Run]]) -> None:
         if math.isnan(mean(y)):
             axes.axvline(mean(x), color=style["color"], linestyle="--", label=f"{name} (no order)")
             continue
-        errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in (x, y)]
+        errors = [deviation(v) for v in (x, y)]
         axes.errorbar(
             mean(x),
             mean(y),
@@ -327,7 +333,7 @@ def draw_readings(axes, groups: dict[str, list[Run]]) -> None:
             [mean(of_group) for of_group in values],
             # One above the other, so that none hides another.
             [i + (j / len(names) - 0.5) / 2 for i in range(len(several))],
-            xerr=[statistics.stdev(v) if len(v) > 1 else 0 for v in values],
+            xerr=[deviation(v) for v in values],
             label=reading,
             ls="",
             capsize=3,
@@ -349,7 +355,8 @@ def draw_forgotten(axes, runs: list[Run], name: str, largest: float):
         for x, value in enumerate(row):
             if not math.isnan(value):
                 color = "white" if abs(value) > 0.6 * largest else "black"
-                text = f"{value:+.2f}" if x != y else "0"
+                # Plus 0: a zero has no sign.
+                text = f"{round(value, 2) + 0:+.2f}" if x != y else "0"
                 axes.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
     axes.set_title(name, fontsize="medium")
     axes.set_xticks(range(len(tasks)), tasks, fontsize="small")

@@ -41,7 +41,8 @@ class Reading:
     is_routed: bool = False
 
 
-# What "latest" loses against "own" is access, not knowledge; "fast" and "stage" are controls.
+# "latest" minus "own" bounds from above what is access, not knowledge; "fast" and "stage" are
+# controls.
 BASE, LATEST = "base", "latest"
 READINGS = {
     LATEST: Reading("slow + fast"),

@@ -186,6 +186,20 @@ def test_compare_means_over_seeds_and_draws(tmp_path, capsys):
     }
 
 
+def test_methods_of_several_seeds_need_not_share_their_readings(tmp_path, capsys):
+    """A bank has `own` but no `slow`: its row is empty there, in the table and in the figure."""
+    readings = {"ds_lora": {"own": 2.0, "slow": 3.0}, "bank": {"own": 2.0}}
+    runs = [
+        write_run(tmp_path / method / f"seed{seed}", LOSSES, (), readings[method], seed=seed)
+        for method in readings
+        for seed in (1, 2)
+    ]
+    assert plot_loss.main(["compare", *runs, "--log_dir", str(tmp_path)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (bank,) = [row for row in rows if row[:2] == ["|", "bank"] and row[-2:] == ["|", "|"]]
+    assert "2.000" in bank
+
+
 def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
     first = write_run(tmp_path / "one" / "seed1", LOSSES)
     (tmp_path / "empty").mkdir()
