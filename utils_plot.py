@@ -1,10 +1,11 @@
 """What every picture needs, and the comparison of finished runs. Imports nothing of the project."""
 
+import itertools
 import json
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,10 @@ class Run:
         # One task alone, or all at once, has no earlier one.
         if log.exists() and log.stat().st_size:
             moved = read_log(log, ("stage", "probe_task", "teacher", "kl_first"), command)
-        path, keys = folder / f"scores_{last}.jsonl", ("task", "metric", "branches", "score")
+        path, keys = (
+            folder / f"scores_{last}.jsonl",
+            ("task", "metric", "branches", "score", "low", "high"),
+        )
         scores = read_log(path, keys, "python evaluate_tasks.py") if path.exists() else []
         return cls(
             folder,
@@ -117,16 +121,21 @@ class Run:
         return math.nan if value is None else value
 
 
+def known(values: list[float]) -> list[float]:
+    """Those that are not NaN."""
+    return [value for value in values if not math.isnan(value)]
+
+
 def mean(values: list[float]) -> float:
-    """The mean of the numbers that are not NaN; NaN without any."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+    """The mean of the known values; NaN without any."""
+    numbers = known(values)
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def deviation(values: list[float]) -> float:
-    """The sample standard deviation of the numbers that are not NaN; 0 of fewer than two."""
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.stdev(known) if len(known) > 1 else 0.0
+    """The sample standard deviation of the known values; 0 of fewer than two."""
+    numbers = known(values)
+    return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
 
 
 # Of all fields, those that tell one run of a group from another.
@@ -191,12 +200,12 @@ def check_alike(runs: list[Run]) -> None:
 
 def spread(values: list[float], form: str, form_of_spread: str = ".3f") -> str:
     """Mean and, of several, sample standard deviation; empty where there is no number."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
+    numbers = known(values)
+    if not numbers:
         return ""
-    text = format(mean(known), form)
-    if len(known) > 1:
-        text += f" ± {format(deviation(known), form_of_spread)}"
+    text = format(mean(numbers), form)
+    if len(numbers) > 1:
+        text += f" ± {format(deviation(numbers), form_of_spread)}"
     return text
 
 
@@ -223,10 +232,15 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def readings_of(groups: dict[str, list[Run]]) -> list[str]:
-    """The readings that some run has, "latest" first."""
-    names = (row.get("branches", "latest") for runs in groups.values() for row in runs[0].losses)
+def readings_of(runs: Iterable[Run]) -> list[str]:
+    """The readings that some of the runs has, "latest" first."""
+    names = (row.get("branches", "latest") for run in runs for row in run.losses)
     return list(dict.fromkeys(["latest", *names]))
+
+
+def with_readings(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """The groups that have more than one reading."""
+    return {name: runs for name, runs in groups.items() if len(readings_of(runs)) > 1}
 
 
 def compare_tables(groups: dict[str, list[Run]]) -> str:
@@ -244,17 +258,13 @@ def compare_tables(groups: dict[str, list[Run]]) -> str:
         "better, ↑ higher.",
         markdown(["method", "seeds", *COLUMNS, "training, min"], rows),
     ]
-    names = readings_of(groups)
-    several = {
-        name: cells
-        for name, runs in groups.items()
-        if sum(map(bool, cells := [spread([r.reading(n) for r in runs], ".3f") for n in names])) > 1
-    }
-    if several:
-        parts += [
-            "Final loss by reading:",
-            markdown(["method", *names], [[name, *cells] for name, cells in several.items()]),
+    if several := with_readings(groups):
+        readings = readings_of(itertools.chain(*several.values()))
+        rows = [
+            [name, *(spread([run.reading(r) for run in runs], ".3f") for r in readings)]
+            for name, runs in several.items()
         ]
+        parts += ["Final loss by reading:", markdown(["method", *readings], rows)]
     if any(run.scores for runs in groups.values() for run in runs):
         parts += [
             "Scores after the last stage, 0 to 100, higher is better: with the 95 % interval of "
@@ -322,11 +332,11 @@ def draw_trade_off(axes, groups: dict[str, list[Run]]) -> None:
 
 def draw_readings(axes, groups: dict[str, list[Run]]) -> None:
     """Final loss by reading, a line for each group that has several."""
-    names = readings_of(groups)
-    several = {n: r for n, r in groups.items() if len({x["branches"] for x in r[0].losses}) > 1}
+    several = with_readings(groups)
     if not several:
         axes.axis("off")
         return
+    names = readings_of(itertools.chain(*several.values()))
     for j, reading in enumerate(names):
         values = [[run.reading(reading) for run in runs] for runs in several.values()]
         axes.errorbar(
@@ -402,7 +412,7 @@ def plot_compare(folders: list[Path], log_dir: Path) -> Path:
     draw_readings(readings, groups)
     if ordered:
         cells = [abs(v) for runs in ordered.values() for row in forgotten(runs) for v in row]
-        largest = max((cell for cell in cells if not math.isnan(cell)), default=0) or 1
+        largest = max(known(cells), default=0) or 1
         columns = min(len(ordered), MATRICES_IN_A_ROW)
         grid = bottom.subplots(rows, columns, squeeze=False).flatten()
         for axes, (name, runs) in zip(grid, ordered.items(), strict=False):

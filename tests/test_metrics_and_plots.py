@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,6 +199,14 @@ def test_methods_of_several_seeds_need_not_share_their_readings(tmp_path, capsys
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     (bank,) = [row for row in rows if row[:2] == ["|", "bank"] and row[-2:] == ["|", "|"]]
     assert "2.000" in bank
+
+
+def test_logs_from_before_there_were_readings_are_compared(tmp_path):
+    run = Path(write_run(tmp_path / "old", LOSSES))
+    log = run / "seq_eval_loss.jsonl"
+    log.write_text(log.read_text().replace('"branches": "latest", ', ""))
+    assert "branches" not in log.read_text()
+    assert plot_loss.main(["compare", str(run), "--log_dir", str(tmp_path)]) == 0
 
 
 def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
