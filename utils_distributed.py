@@ -11,6 +11,11 @@ import sys
 import torch
 import torch.distributed as dist
 
+# Its functions keep the group that is there when it is imported, and with it the group's threads:
+# they outlive `destroy_process_group` and can abort the process as it ends. transformers imports
+# it with the model, so it comes here, before there is a group.
+import torch.distributed.nn
+
 from configs.base_config import UserError, num_processes
 
 
