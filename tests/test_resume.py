@@ -65,10 +65,18 @@ def seq_flags(flags, tmp_path):
     return build
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("whole")
+
+
 @pytest.fixture
-def uninterrupted(seq_flags, tmp_path):
-    assert train_slsd_seq.main(seq_flags("whole")) == 0
-    return outcome(tmp_path / "whole")
+def uninterrupted(seq_flags, whole):
+    """What the hard run leaves; it is run once for all tests."""
+    here = {"log_dir": whole / "logs", "save_dir": whole / "checkpoints"}
+    if not here["log_dir"].exists():
+        assert train_slsd_seq.main(seq_flags("whole", **here)) == 0
+    return outcome(whole)
 
 
 class Killed(BaseException):
