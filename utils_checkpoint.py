@@ -5,13 +5,14 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import safetensors.torch
 
-from configs.base_config import UserError
+from configs.base_config import TASKS, UserError
 from models.ds_lora import save_adapter
 
 
@@ -244,9 +245,20 @@ def state_folder(cfg, run_name: str) -> Path:
 
 
 def _outputs(cfg, run_name: str) -> list[Path]:
+    stages = "|".join([*TASKS, "joint", r"epoch\d+"])
+    named = "" if run_name == "seq" else f"{run_name}_"
+    # The answers of a stage are no longer true of it. A folder seq_lora/ holds other runs.
+    ours = re.compile(
+        rf"{run_name}_({stages}|state)|(gen|scores|recovery)_{named}({stages})(_.*)?\.jsonl"
+    )
     # Both may be one folder.
     folders = dict.fromkeys((Path(cfg.log_dir), Path(cfg.save_dir)))
-    found = [path for folder in folders for path in folder.glob(f"{run_name}_*")]
+    paths = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    found = [
+        path
+        for path in paths
+        if ours.fullmatch(path.name) or (path.name.startswith(f"{run_name}_") and path.is_file())
+    ]
     return [path for path in found if path != state_folder(cfg, run_name) or any(path.iterdir())]
 
 
@@ -279,6 +291,5 @@ def save_checkpoint(path: str | Path, model, tokenizer, about: dict, **tensors: 
         save_adapter(model, folder, **about)
         tokenizer.save_pretrained(folder)
         for name, of_file in tensors.items():
-            safetensors.torch.save_file(
-                of_file, folder / f"{name}.safetensors", metadata={"format": "pt"}
-            )
+            blob = safetensors.torch.save(of_file, metadata={"format": "pt"})
+            (folder / f"{name}.safetensors").write_bytes(blob)

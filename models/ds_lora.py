@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import nn
 
 BRANCHES = ("slow", "fast")
@@ -240,8 +240,9 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_f
         (A_slow, B_slow), (A_fast, B_fast) = layer.branch("slow"), layer.branch("fast")
         tensors[_key(name, "A")] = torch.cat([A_slow, A_fast]).detach().cpu()
         tensors[_key(name, "B")] = torch.cat([B_slow, B_fast], dim=1).detach().cpu()
-    # A second metadata key would make the bytes differ from save to save.
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # A second metadata key would make the bytes differ from save to save. Not `save_file`, which
+    # hides that the disk is full in an error of its own.
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     peft_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

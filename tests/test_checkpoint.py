@@ -1,8 +1,10 @@
 """Files are whole or not there."""
 
 import json
+import resource
 
 import pytest
+import torch
 from conftest import inject, make_model
 
 from utils_checkpoint import (
@@ -39,6 +41,20 @@ def test_a_checkpoint_that_fails_half_way_is_not_there(tmp_path, tokenizer, monk
     monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path / "c", inject(make_model()), tokenizer, {"base_model": "b"})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [1000, 60_000])
+def test_a_full_disk_is_told_as_such(tmp_path, tokenizer, limit):
+    """At the adapter, or at the file that goes with it: a limit on file sizes stands in for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model, extra = inject(make_model()), {"router": {"mean": torch.zeros(100_000)}}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path / "c", model, tokenizer, {"base_model": "b"}, **extra)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
 
 
