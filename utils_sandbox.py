@@ -1,8 +1,9 @@
 """Runs model-written Python away from everything else and says whether it passes its tests.
 
 The program is process 1 of PID, mount, network and IPC namespaces of its own: killing it kills all
-that it started, and everything mounted goes with it. It sees the interpreter and /usr, read only,
-and an empty /tmp in memory; no home, no repository, no /proc, no /dev, no network. It is nobody
+that it started, and everything mounted goes with it. It sees the interpreter's folder and /usr,
+read only and without what is mounted inside them, and an empty /tmp in memory; nothing else of the
+disk, no /proc, no /dev, no network. It is nobody
 (started by root) or the user without any privilege (in a user namespace), and since it is in a
 chroot it can make no user namespace. Time, memory, processes, open files and file sizes are
 limited, the environment is empty, and what it prints goes nowhere. It can import the standard
@@ -130,8 +131,9 @@ def _isolate() -> None:
             os.symlink(os.readlink(folder), inside)
         elif os.path.isdir(folder):
             os.makedirs(inside, exist_ok=True)
-            _call("mount", folder, inside, "", BIND | RECURSIVE, "")
-            # Flags of a bind mount are heeded only now; mounts inside it keep theirs.
+            # What is mounted inside it stays out; where the kernel refuses a user that, it fails.
+            _call("mount", folder, inside, "", BIND, "")
+            # Flags of a bind mount are heeded only now.
             flags = BIND | REMOUNT | READ_ONLY | NO_SUID | NO_DEVICES
             _call("mount", "none", inside, "", flags, "")
     os.makedirs(f"{ROOT}/tmp", exist_ok=True)

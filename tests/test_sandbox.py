@@ -1,5 +1,6 @@
 """Hostile programs. Each would end by itself: what is measured is that it does not come to that."""
 
+import os
 import shutil
 import signal
 import socket
@@ -335,6 +336,25 @@ def test_nothing_outside_can_be_read_or_written(tmp_path, name, monkeypatch):
     assert [folder for folder in folders if (Path(folder) / name).exists()] == []
     assert list(tmp_path.iterdir()) == [secret]
     assert Path("/proc/self/mountinfo").read_text() == mounts
+
+
+def test_what_is_mounted_inside_usr_stays_out(tmp_path):
+    if os.geteuid():
+        pytest.skip("only root mounts")
+    reach = "import os\nopen('/usr/local/games/found', 'w')\n"
+    (tmp_path / "run.py").write_text(
+        "from utils_sandbox import passes_tests\n"
+        f"print(passes_tests('x = 1', ['assert x']), passes_tests({reach!r}, ['assert True']))"
+    )
+    mounted = "mount -t tmpfs -o mode=1777 none /usr/local/games && touch /usr/local/games/old"
+    run = f"{mounted} && {sys.executable} {tmp_path}/run.py && ls /usr/local/games"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", run],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["True", "False", "old"], done.stderr
 
 
 def test_no_network(name):
