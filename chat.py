@@ -33,6 +33,10 @@ class Chat:
     checkpoint: str = knob(BASE, "a stage checkpoint, such as checkpoints/seq_T5_safety; or base")
     max_new_tokens: int = knob(256, "tokens of an answer at most")
 
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max_new_tokens {self.max_new_tokens}: give 1 or more")
+
 
 @command_line
 def main(argv=None):
@@ -42,9 +46,13 @@ def main(argv=None):
     while True:
         try:
             line = input(f"{stage.name} {reading} {source}".strip() + "> ").strip()
+            line.encode()
         except EOFError:
             print()
             return
+        except UnicodeError:
+            print("error: what was typed is not UTF-8", file=sys.stderr)
+            continue
         if line == "/quit":
             return
         try:

@@ -6,6 +6,7 @@ To the held-out samples of every task in --task_order and, with --benchmarks, to
 import dataclasses
 import random
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,11 @@ class Evaluation:
     recovery: bool = knob(
         False, "train copies of the branches on a few samples of each earlier task, score the loss"
     )
+
+    def __post_init__(self):
+        for name in ("max_samples", "max_new_tokens"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: give 0 or a positive number")
 
 
 @command_line
@@ -130,6 +136,11 @@ def check(stage: Stage, wanted: Evaluation, asked: list[Questions]) -> None:
                 f"{name} needs the checkpoints of {', '.join(missing)} in {cfg.save_dir}"
             )
     path = scores_path(stage)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        problems.append(f"--log_dir {path.parent} cannot be written: {error.strerror}")
     if path.exists() and not cfg.overwrite:
         problems.append(
             f"{path} is there already: give --overwrite true to replace it and its answers, or "

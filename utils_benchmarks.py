@@ -69,12 +69,13 @@ def judge_code(row: dict, reply: str) -> dict[str, float]:
 
 
 def judge_calls(row: dict, reply: str) -> dict[str, float]:
+    """Names and arguments count only where the reference holds calls as we know them."""
     calls, reference = parse_calls(reply), parse_calls(row["output"])
-    return {
-        "json": calls is not None,
-        "names": calls is not None and same_names(calls, reference),
-        "exact": calls is not None and same_calls(calls, reference),
-    }
+    scores = {"json": calls is not None}
+    if reference is not None:
+        scores["names"] = calls is not None and same_names(calls, reference)
+        scores["exact"] = calls is not None and same_calls(calls, reference)
+    return scores
 
 
 def judge_refusal(_: dict, reply: str) -> dict[str, float]:

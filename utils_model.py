@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -151,6 +152,11 @@ def _ask_hub(name: str) -> None:
 
 def check_model(cfg):
     """The base model's configuration; `UserError` where the model cannot be had or does not fit."""
+    if cfg.quantization != "none" and cfg.model_name.endswith(".gguf"):
+        raise UserError(
+            f"--quantization {cfg.quantization}: a .gguf file is held in full; give none, or "
+            "another model"
+        )
     if cfg.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"--quantization {cfg.quantization} needs bitsandbytes: pip install bitsandbytes"
@@ -235,6 +241,15 @@ def load_model(cfg, device: torch.device):
         )
     except (OSError, ValueError) as error:
         raise _explain(cfg, error) from error
+    except SafetensorError as error:
+        raise UserError(
+            f"--model_name {cfg.model_name}: its weights cannot be read ({error}); get them anew"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--model_name {cfg.model_name} in {dtype} does not fit {device}: give --quantization "
+            "4bit (or 8bit), a GPU with more free memory, or --device cpu"
+        ) from error
     if info["missing_keys"]:
         # transformers would go on with random numbers.
         names = sorted(info["missing_keys"])

@@ -12,8 +12,11 @@ from utils_model import model_dtype
 
 
 def free_host_memory() -> int:
-    """Bytes that this machine, or the container it pretends to be, has free."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    """Bytes that this machine, or the container it pretends to be, has free; 0 where none says."""
+    try:
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
     try:

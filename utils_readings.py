@@ -193,9 +193,8 @@ def open_stage(cfg, checkpoint: str) -> Stage:
     Rank, scale and places of the branches are the checkpoint's, whatever `cfg` says. Raises
     `UserError` where the folder is no such checkpoint or was trained on another base model.
     """
-    about = describe_base(cfg)
+    folder, facts = Path(checkpoint), {}
     if checkpoint != BASE:
-        folder = Path(checkpoint)
         try:
             facts = json.loads((folder / "ds_lora.json").read_text(encoding="utf-8"))
             peft = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -211,15 +210,16 @@ def open_stage(cfg, checkpoint: str) -> Stage:
                 f"--checkpoint {folder} is no stage checkpoint ({error!r}): give a folder such as "
                 "checkpoints/seq_T5_safety, or base"
             ) from error
-        differing = [key for key in about if key in facts and facts[key] != about[key]]
-        if differing:
-            told = ", ".join(f"{key} {facts[key]} -> {about[key]}" for key in differing)
-            raise UserError(f"--checkpoint {folder} has another base model ({told}): give its own")
     check_model(cfg)
+    about = describe_base(cfg)
+    differing = [key for key in about if key in facts and facts[key] != about[key]]
+    if differing:
+        told = ", ".join(f"{key} {facts[key]} -> {about[key]}" for key in differing)
+        raise UserError(f"--checkpoint {folder} has another base model ({told}): give its own")
     device = select_device(cfg.device)
     model = inject(cfg, load_model(cfg, device))
     session = Session(cfg, model, load_tokenizer(cfg), device, {}, about, None, {}, StopSignals())
     stage = Stage(BASE, "seq_lora", session, Router())
     if checkpoint != BASE:
-        stage.take_up(Path(checkpoint))
+        stage.take_up(folder)
     return stage

@@ -186,7 +186,7 @@ def train_task(
         stage: in a sequence, written with "kd_loss" into every log line.
         on_epoch_end: called with the epoch, from 1, also where `max_steps_per_task` ends it early.
 
-    Raises UserError where a loss or gradient is not finite, before it reaches the weights.
+    Raises UserError where a loss or gradient is not finite, before anything of it is saved.
     """
     model, samples = session.model, session.data[task].train
     per_epoch, total = count_steps(cfg, len(samples))
@@ -261,7 +261,7 @@ def train_task(
             # A wish of one process is told to all: none of them waits for one that has left.
             stopping = num_processes() > 1 and stops > 0
             saves = (step + 1) % cfg.save_steps == 0 or last or stopping
-            # Before these gradients reach the weights, and before a number goes to the disk.
+            # Before a number goes to the disk; in between, asking would have the GPU wait.
             if logs or saves or ends_epoch:
                 watch.check()
             scaler.step(optimizer)

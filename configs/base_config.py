@@ -196,7 +196,8 @@ class BaseConfig:
         16, "see per_device_batch_size; how samples are cut into passes is tokens_per_pass"
     )
     tokens_per_pass: int = knob(
-        2048, "tokens, padding included, of one forward pass: a matter of memory, not of results"
+        2048,
+        "tokens, padding included, of one forward pass: memory, and no results but dropout masks",
     )
     prefix_cache_gib: float = knob(
         -1.0,

@@ -118,6 +118,8 @@ def test_judges_tell_format_from_knowledge():
     right = '[{"arguments": {"b": 2, "a": 1.0}, "name": "f"}]'
     assert judge_calls(calls, right) == {"json": True, "names": True, "exact": True}
     assert judge_calls(calls, "f(1, 2)") == {"json": False, "names": False, "exact": False}
+    others = {"output": '{"tool": "f", "args": {}}'}
+    assert judge_calls(others, right) == {"json": True}
     assert "syntax" not in judge_code({"output": "SELECT name FROM people;"}, "x = 1")
     assert judge_code({"output": "x = 1"}, "x = 1") == {"syntax": True, "rouge_l": 1.0}
     asked = Questions("T2_math", "T2_math", [math, math], judge_math)
@@ -205,6 +207,16 @@ def test_what_cannot_be_asked_is_told_at_once(trained, tmp_path, capsys):
     first = str(tmp_path / "checkpoints" / "seq_T1_general")
     assert evaluate_tasks.main([*trained, "--recovery", "true", "--checkpoint", first]) == 2
     assert "--recovery: no task was learned before T1_general" in errors(capsys)[0]
+    assert evaluate_tasks.main([*trained, "--max_new_tokens", "-1"]) == 2
+    assert "--max_new_tokens -1: give 0 or" in errors(capsys)[0]
+    assert chat.main([*trained, "--max_new_tokens", "0"]) == 2
+    assert "--max_new_tokens 0: give 1 or" in errors(capsys)[0]
+    (tmp_path / "file").touch()
+    assert evaluate_tasks.main([*trained, "--log_dir", str(tmp_path / "file")]) == 2
+    assert "file cannot be written: File exists" in errors(capsys)[0]
+    argv = [*trained, "--model_name", str(tmp_path / "none.gguf")]
+    assert evaluate_tasks.main(argv) == 2
+    assert "none.gguf: there is no such file" in errors(capsys)[0]
     shutil.rmtree(first)
     assert evaluate_tasks.main([*trained, "--recovery", "true", "--checkpoint", str(folder)]) == 2
     assert "recovery needs the checkpoints of T1_general" in errors(capsys)[0]
@@ -309,6 +321,7 @@ def test_a_chat_changes_its_reading_and_its_stage(trained, tmp_path, monkeypatch
             "/stage T2_math",
             "/own T9",
             "/best",
+            "\udcff",
             "",
         ]
     )
@@ -336,11 +349,13 @@ def test_a_chat_changes_its_reading_and_its_stage(trained, tmp_path, monkeypatch
         "T2_math routed> ",
         "T2_math routed> ",
         "T2_math routed> ",
+        "T2_math routed> ",
     ]
     out, err = capsys.readouterr()
     assert "(T2_math)" in out
     lines = err.strip().splitlines()
     assert [line for line in lines if "seq_T9" in line] and any("/best: give" in x for x in lines)
+    assert "error: what was typed is not UTF-8" in lines
 
 
 def test_a_chat_says_what_generation_says(session, monkeypatch, capsys):

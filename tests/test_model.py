@@ -178,6 +178,29 @@ def test_four_bits_on_a_cpu_are_refused(make_config):
         load_model(make_config(quantization="4bit"), CPU)
 
 
+def test_a_gguf_is_not_quantised_again(make_config):
+    with pytest.raises(UserError, match="8bit: a .gguf file is held in full"):
+        check_model(make_config(quantization="8bit", model_name="m.gguf"))
+
+
+def test_weights_cut_short_and_a_gpu_too_small_are_one_line(
+    make_config, model_folder, tmp_path, monkeypatch
+):
+    shutil.copytree(model_folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    cfg = make_config(model_name=str(tmp_path / "model"))
+    with pytest.raises(UserError, match="its weights cannot be read.*get them anew"):
+        load_model(cfg, CPU)
+
+    def too_small(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(utils_model.AutoModelForCausalLM, "from_pretrained", too_small)
+    with pytest.raises(UserError, match="does not fit cpu: give --quantization 4bit"):
+        load_model(cfg, CPU)
+
+
 def test_missing_weights_are_never_made_up(make_config, model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
