@@ -46,9 +46,12 @@ class Evaluation:
     )
 
     def __post_init__(self):
-        for name in ("max_samples", "max_new_tokens"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: give 0 or a positive number")
+        given = {"max_samples": self.max_samples, "max_new_tokens": self.max_new_tokens}
+        problems = [
+            f"--{name} {n}: give 0 or a positive number" for name, n in given.items() if n < 0
+        ]
+        if problems:
+            raise UserError("\n".join(problems))
 
 
 @command_line

@@ -85,10 +85,8 @@ class Run:
         # One task alone, or all at once, has no earlier one.
         if log.exists() and log.stat().st_size:
             moved = read_log(log, ("stage", "probe_task", "teacher", "kl_first"), command)
-        path, keys = (
-            folder / f"scores_{last}.jsonl",
-            ("task", "metric", "branches", "score", "low", "high"),
-        )
+        path = folder / f"scores_{last}.jsonl"
+        keys = ("task", "metric", "branches", "score", "low", "high")
         scores = read_log(path, keys, "python evaluate_tasks.py") if path.exists() else []
         return cls(
             folder,

@@ -18,7 +18,7 @@ from models.router import Router, prompt_feature
 from models.slsd import everywhere
 from utils_distributed import gather
 from utils_model import check_model, describe_base, load_model, load_tokenizer, select_device
-from utils_session import Session, StopSignals, inject
+from utils_session import Session, StopSignals, differences, inject
 from utils_train import evaluate_loss
 
 ROUTER_PROMPTS = 500
@@ -212,9 +212,8 @@ def open_stage(cfg, checkpoint: str) -> Stage:
             ) from error
     check_model(cfg)
     about = describe_base(cfg)
-    differing = [key for key in about if key in facts and facts[key] != about[key]]
-    if differing:
-        told = ", ".join(f"{key} {facts[key]} -> {about[key]}" for key in differing)
+    known = {key: facts[key] for key in about if key in facts}
+    if told := differences(known, {key: about[key] for key in known}):
         raise UserError(f"--checkpoint {folder} has another base model ({told}): give its own")
     device = select_device(cfg.device)
     model = inject(cfg, load_model(cfg, device))

@@ -3,11 +3,10 @@
 The program is process 1 of PID, mount, network and IPC namespaces of its own: killing it kills all
 that it started, and everything mounted goes with it. It sees the interpreter's folder and /usr,
 read only and without what is mounted inside them, and an empty /tmp in memory; nothing else of the
-disk, no /proc, no /dev, no network. It is nobody
-(started by root) or the user without any privilege (in a user namespace), and since it is in a
-chroot it can make no user namespace. Time, memory, processes, open files and file sizes are
-limited, the environment is empty, and what it prints goes nowhere. It can import the standard
-library only.
+disk, no /proc, no /dev, no network. It is nobody (started by root) or the user without any
+privilege (in a user namespace), and since it is in a chroot it can make no user namespace. Time,
+memory, processes, open files and file sizes are limited, the environment is empty, and what it
+prints goes nowhere. It can import the standard library only.
 
 This guards against programs that are wrong, clumsy or nosy, not against everything. Memory is
 limited per process, so a program can take `PROCESSES` times that. It shares the kernel, whose calls

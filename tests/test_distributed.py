@@ -35,7 +35,7 @@ def argv(flags, tmp_path):
     return build
 
 
-def start(argv, script=ROOT / "train_slsd_seq.py", **kwargs):
+def start(argv, script=ROOT / "train_slsd_seq.py"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*TWO, script, *argv],
@@ -44,7 +44,6 @@ def start(argv, script=ROOT / "train_slsd_seq.py", **kwargs):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **kwargs,
     )
 
 

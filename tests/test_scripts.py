@@ -316,7 +316,7 @@ def test_the_default_without_hub_and_data_stops_within_seconds(tmp_path):
     result = command(
         "train_slsd_seq.py", *map(str, argv), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)
     )
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 30
     assert result.returncode == 2 and "Traceback" not in result.stderr
     model, *data = result.stderr.strip().splitlines()
     assert "meta-llama/Llama-2-7b-hf" in model and "HF_ENDPOINT" in model and "smollm2" in model
@@ -327,7 +327,7 @@ def test_the_default_without_hub_and_data_stops_within_seconds(tmp_path):
 def test_help_is_quick_and_names_every_field(script):
     start = time.monotonic()
     result = command(script, "--help")
-    assert result.returncode == 0 and time.monotonic() - start < 60
+    assert result.returncode == 0 and time.monotonic() - start < 15
     for name in BaseConfig.__dataclass_fields__:
         assert f"--{name} " in result.stdout or f"--{name}," in result.stdout
 
