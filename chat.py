@@ -15,8 +15,8 @@ from transformers import TextStreamer
 from configs.base_config import UserError, command_line, knob, parse_config
 from models.forward import evaluation
 from utils_data import IGNORE
-from utils_generate import greedy, left_padded, prompt_ids
-from utils_readings import (
+from evaluation.generate import greedy, left_padded, prompt_ids
+from evaluation.readings import (
     BASE,
     LATEST,
     READINGS,

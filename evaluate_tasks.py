@@ -21,14 +21,14 @@ from configs.base_config import (
     parse_config,
 )
 from models.ds_lora import BRANCHES, branches_restored, load_adapter, reset_branch
-from utils_benchmarks import Questions, benchmark_questions, held_out_questions
-from utils_checkpoint import NoLog, write_json_lines
+from evaluation.questions import Questions, benchmark_questions, held_out_questions
+from training.saving import NoLog, write_json_lines
 from utils_data import TaskData, prepare_task, read_jsonl
-from utils_distributed import is_first, joined
-from utils_generate import ask
-from utils_metrics import format_scores
-from utils_readings import BASE, LATEST, READINGS, Stage, open_stage, readings_of
-from utils_train import evaluate_loss, seed_torch, train_task
+from training.processes import is_first, joined
+from evaluation.generate import ask
+from evaluation.matrix import format_scores
+from evaluation.readings import BASE, LATEST, READINGS, Stage, open_stage, readings_of
+from training.loop import evaluate_loss, seed_torch, train_task
 
 RECOVERY_STEPS = 20
 RECOVERY_SAMPLES = (10, 50)

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-from utils_plot import COLOURS, MARKERS, UNIT, UserError, plot_compare, read_log, save
+from evaluation.compare import COLOURS, MARKERS, UNIT, UserError, plot_compare, read_log, save
 
 
 def running_mean(values: list[float], width: int) -> list[float]:

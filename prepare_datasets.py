@@ -18,7 +18,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from configs.base_config import TASKS, UserError, command_line, knob, parse_dataclasses
-from utils_checkpoint import atomic_file, file_sha256, write_json
+from training.saving import atomic_file, file_sha256, write_json
 from utils_data import KEYS, read_jsonl, tool_input
 
 # A row of one is a copy of the other's: general instructions hold code tasks too.

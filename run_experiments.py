@@ -14,8 +14,8 @@ from pathlib import Path
 
 import plot_loss
 from configs.base_config import TASKS, UserError, command_line, knob, parse_config
-from utils_model import describe_base
-from utils_session import differences, run_identity
+from training.base_model import describe_base
+from training.session import differences, run_identity
 
 REPLAYED = {"use_slsd": True, "kd_probes": "replay"}
 METHODS = {

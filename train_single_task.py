@@ -4,9 +4,9 @@ import sys
 from dataclasses import dataclass
 
 from configs.base_config import TASKS, UserError, command_line, knob, parse_config
-from utils_plan import visits_again
-from utils_session import set_up
-from utils_train import evaluate_loss, train_task
+from training.plan import visits_again
+from training.session import set_up
+from training.loop import evaluate_loss, train_task
 
 
 @dataclass

@@ -10,17 +10,17 @@ import time
 from torch.utils.data import ConcatDataset
 
 from configs.base_config import command_line, num_processes, parse_config
-from models.baselines import EWC, Bank, Baseline, Replay
+from methods.ewc import EWC, Bank, Baseline, Replay
 from models.drift import Drift
 from models.ds_lora import BRANCHES, branch_parameters, reset_branch
-from models.slsd import SLSD
-from utils_checkpoint import JsonlLog
+from models.answers import SLSD
+from training.saving import JsonlLog
 from utils_data import TaskData
-from utils_distributed import gather
-from utils_plan import count_steps, visits_again
-from utils_report import SequenceReport
-from utils_session import set_up
-from utils_train import seed_torch, train_task
+from training.processes import gather
+from training.plan import count_steps, visits_again
+from evaluation.report import SequenceReport
+from training.session import set_up
+from training.loop import seed_torch, train_task
 
 
 @command_line

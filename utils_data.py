@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from configs.base_config import UserError
 from models.forward import to_device
-from utils_distributed import shows_progress
+from training.processes import shows_progress
 
 KEYS = ("instruction", "input", "output")
 IGNORE = -100

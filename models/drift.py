@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from models.forward import evaluation, response_logits, to_device
-from models.slsd import ProbeBuffer, everywhere, kl_divergence, pack, read_answers, unpack
+from models.answers import ProbeBuffer, everywhere, kl_divergence, pack, read_answers, unpack
 
 FIRST_TOKENS = 5
 SAMPLES = 25

@@ -13,8 +13,8 @@ from test_slsd import make_samples, make_slsd, passes
 
 import train_single_task
 import train_slsd_seq
-import utils_session
-from models.baselines import EWC, Bank, Replay
+from training import session
+from methods.ewc import EWC, Bank, Replay
 from models.drift import Drift
 from models.ds_lora import (
     BRANCHES,
@@ -25,7 +25,7 @@ from models.ds_lora import (
     load_adapter,
     save_adapter,
 )
-from models.slsd import kl_divergence
+from models.answers import kl_divergence
 
 
 def alone(value):
@@ -298,8 +298,8 @@ def test_each_method_runs_and_goes_on_after_kills(method, flags, tmp_path, monke
 
     cuttings = []
     with monkeypatch.context() as patch:
-        cut = utils_session.make_passes
-        patch.setattr(utils_session, "make_passes", lambda *a: cuttings.append(a) or cut(*a))
+        cut = session.make_passes
+        patch.setattr(session, "make_passes", lambda *a: cuttings.append(a) or cut(*a))
         assert train_slsd_seq.main(argv("whole")) == 0
     whole = outcome(tmp_path / "whole")
     for share in (0.4, 0.4):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import inject, make_model
 
-from utils_checkpoint import (
+from training.saving import (
     JsonlLog,
     atomic_file,
     atomic_folder,

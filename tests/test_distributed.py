@@ -15,7 +15,7 @@ from test_resume import outcome
 from test_scripts import errors
 
 import train_slsd_seq
-import utils_distributed
+from training import processes
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # 21 samples in steps of 4: in the last one of each epoch the second process has none.
@@ -141,7 +141,7 @@ def test_a_mistake_is_told_once(argv):
 
 
 def test_two_processes_share_gpus_one_each(monkeypatch):
-    from utils_model import select_device
+    from training.base_model import select_device
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -154,5 +154,5 @@ def test_two_processes_share_gpus_one_each(monkeypatch):
     assert select_device("auto") == select_device("cuda") == torch.device("cuda", 1) == chosen[0]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for wanted, fault in (("auto", "2 processes for 1 GPUs"), ("cuda:0", "give auto, cuda or cpu")):
-        with pytest.raises(utils_distributed.UserError, match=fault):
+        with pytest.raises(processes.UserError, match=fault):
             select_device(wanted)

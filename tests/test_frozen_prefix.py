@@ -12,7 +12,7 @@ from models.ds_lora import branch_parameters, load_adapter, save_adapter
 from models.forward import response_logits
 from models.frozen_prefix import FrozenPrefix
 from utils_data import make_passes
-from utils_session import enable_checkpointing
+from training.session import enable_checkpointing
 
 FAMILIES = {
     "Llama": {},

@@ -12,9 +12,9 @@ from test_scripts import errors, read
 import chat
 import evaluate_tasks
 import train_slsd_seq
-import utils_generate
+from evaluation import generate
 from configs.base_config import UserError
-from utils_benchmarks import (
+from evaluation.questions import (
     Questions,
     benchmark_questions,
     judge_all,
@@ -24,8 +24,8 @@ from utils_benchmarks import (
     score,
 )
 from utils_data import IGNORE, InstructionDataset
-from utils_generate import generate, left_padded, prompt_ids
-from utils_session import Session, StopSignals
+from evaluation.generate import generate, left_padded, prompt_ids
+from training.session import Session, StopSignals
 
 TASKS = ["T1_general", "T2_math", "T3_code"]
 
@@ -363,4 +363,4 @@ def test_a_chat_says_what_generation_says(session, monkeypatch, capsys):
     chat.say(stage, "latest", "", "sum 1 and 2", 9)
     row = {"instruction": "sum 1 and 2", "input": ""}
     prompts = prompt_ids(session.tokenizer, [row], session.cfg.max_seq_len)
-    assert capsys.readouterr().out.strip() == utils_generate.generate(session, prompts, 9)[0]
+    assert capsys.readouterr().out.strip() == generate.generate(session, prompts, 9)[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import plot_loss
-from utils_metrics import (
+from evaluation.matrix import (
     average_final,
     average_incremental,
     backward_transfer,

@@ -11,9 +11,9 @@ import torch
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load, save_file
 
-import utils_model
+from training import base_model
 from configs.base_config import UserError
-from utils_model import (
+from training.base_model import (
     check_model,
     describe_base,
     load_model,
@@ -126,7 +126,7 @@ def test_what_is_missing_is_named_with_its_cure(make_config, tmp_path, monkeypat
 
     hidden = {"bitsandbytes", "gguf"}
     monkeypatch.setattr(
-        utils_model.importlib.util,
+        base_model.importlib.util,
         "find_spec",
         lambda name: None if name in hidden else find_spec(name),
     )
@@ -196,7 +196,7 @@ def test_weights_cut_short_and_a_gpu_too_small_are_one_line(
     def too_small(**_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(utils_model.AutoModelForCausalLM, "from_pretrained", too_small)
+    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", too_small)
     with pytest.raises(UserError, match="does not fit cpu: give --quantization 4bit"):
         load_model(cfg, CPU)
 
@@ -221,8 +221,8 @@ def test_a_gated_model_is_told_from_an_unreachable_one(make_config, monkeypatch)
         except GatedRepoError as error:
             raise OSError("You are trying to access a gated repo.\nlong text") from error
 
-    monkeypatch.setattr(utils_model, "_ask_hub", lambda _: None)
-    monkeypatch.setattr(utils_model.AutoConfig, "from_pretrained", gated)
+    monkeypatch.setattr(base_model, "_ask_hub", lambda _: None)
+    monkeypatch.setattr(base_model.AutoConfig, "from_pretrained", gated)
     with pytest.raises(
         UserError, match=r"request access at https://huggingface.co/owner/name"
     ) as caught:

@@ -18,7 +18,7 @@ from prepare_datasets import (
     convert_hh,
     convert_xlam,
 )
-from utils_checkpoint import file_sha256
+from training.saving import file_sha256
 from utils_data import read_jsonl
 
 SCHEMA = {

@@ -17,10 +17,10 @@ from test_scripts import contents, errors, read
 
 import train_single_task
 import train_slsd_seq
-import utils_checkpoint
-import utils_plan
-import utils_session
-from utils_checkpoint import JsonlLog, RunState, run_lock
+from training import saving
+from training import plan
+from training import session
+from training.saving import JsonlLog, RunState, run_lock
 
 CLOCK = ("tokens_per_second", "train_seconds", "evaluate_seconds", "log_dir", "save_dir")
 # Dropout on, KD on, several passes a step and a partial last step in each task; a state falls
@@ -100,7 +100,7 @@ def fail_at(monkeypatch, module, name, number, error=Killed):
 def die_in_a_pass(monkeypatch, number, argv, script=train_slsd_seq):
     """Runs the script until its `number`-th cutting of passes, which kills it."""
     with monkeypatch.context() as patch:
-        fail_at(patch, utils_session, "make_passes", number)
+        fail_at(patch, session, "make_passes", number)
         with pytest.raises(Killed):
             script.main(argv)
 
@@ -108,7 +108,7 @@ def die_in_a_pass(monkeypatch, number, argv, script=train_slsd_seq):
 def kill_and_resume(argv, number, monkeypatch):
     """Dies at the `number`-th write, then runs to the end; False where there are fewer writes."""
     with monkeypatch.context() as patch:
-        fail_at(patch, utils_checkpoint.os, "fsync", number)
+        fail_at(patch, saving.os, "fsync", number)
         try:
             assert train_slsd_seq.main(argv) == 0
             return False
@@ -248,7 +248,7 @@ def test_a_full_disk_is_one_line_and_leaves_a_whole_state(
     assert train_slsd_seq.main(seq_flags("whole", **short)) == 0
     expected, full = outcome(tmp_path / "whole"), OSError(28, "No space left on device")
     synced = what == "a file is synced"
-    target = (utils_checkpoint.os, "fsync") if synced else (JsonlLog, "write")
+    target = (saving.os, "fsync") if synced else (JsonlLog, "write")
     every = 1 if request.config.getoption("--faults") >= 50 else 20
     for number in range(0, 10_000, every):
         with monkeypatch.context() as patch:
@@ -268,7 +268,7 @@ def test_too_little_space_and_a_read_only_folder_are_found_before_training(
     seq_flags, tmp_path, monkeypatch, capsys
 ):
     usage = shutil._ntuple_diskusage(100, 99, 1)
-    monkeypatch.setattr(utils_plan.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
     assert train_slsd_seq.main(seq_flags("cut")) == 2
     assert "make room" in errors(capsys)[0]
     (tmp_path / "file").write_text("")
@@ -303,7 +303,7 @@ def test_of_two_runs_that_race_one_is_refused(seq_flags, uninterrupted, tmp_path
 def test_a_signal_saves_and_the_same_command_goes_on(
     seq_flags, uninterrupted, tmp_path, monkeypatch, capsys, number, code
 ):
-    original, calls = utils_session.make_passes, []
+    original, calls = session.make_passes, []
 
     def signalling(*args):
         calls.append(1)
@@ -312,7 +312,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils_session, "make_passes", signalling)
+        patch.setattr(session, "make_passes", signalling)
         assert train_slsd_seq.main(seq_flags("cut", save_steps=1000)) == code
     assert "the same command goes on" in capsys.readouterr().err
     assert train_slsd_seq.main(seq_flags("cut", save_steps=1000)) == 0
@@ -324,7 +324,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_out_of_memory_halves_the_passes_and_repeats_the_step(
     seq_flags, tmp_path, monkeypatch, capsys
 ):
-    original = utils_session.make_passes
+    original = session.make_passes
 
     def limited(samples, tokens_per_pass, *rest):
         for indices, batch, targets in original(samples, tokens_per_pass, *rest):
@@ -332,7 +332,7 @@ def test_out_of_memory_halves_the_passes_and_repeats_the_step(
             if batch["input_ids"].numel() > 60 and len(indices) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(utils_session, "make_passes", limited)
+    monkeypatch.setattr(session, "make_passes", limited)
     changes = {"lora_dropout": 0.0, "task_order": ["T2_math"], "prefix_cache_gib": 0.0}
     assert train_slsd_seq.main(seq_flags("small", **changes, tokens_per_pass=200)) == 0
     printed = capsys.readouterr().out
@@ -348,7 +348,7 @@ def test_one_sample_that_is_too_much_is_an_error_with_its_cures(seq_flags, monke
         raise torch.OutOfMemoryError("CUDA out of memory")
         yield
 
-    monkeypatch.setattr(utils_session, "make_passes", failing)
+    monkeypatch.setattr(session, "make_passes", failing)
     assert train_slsd_seq.main(seq_flags("cut", prefix_cache_gib=0.0)) == 2
     assert "--max_seq_len" in errors(capsys)[0]
 
@@ -375,7 +375,7 @@ def test_a_dry_run_tells_what_would_be_resumed(seq_flags, tmp_path, monkeypatch,
 
 def test_a_log_that_lost_lines_is_an_error(tmp_path):
     (tmp_path / "log.jsonl").write_text("{}\n")
-    with pytest.raises(utils_checkpoint.UserError, match="has 3 bytes.*counts on 9"):
+    with pytest.raises(saving.UserError, match="has 3 bytes.*counts on 9"):
         JsonlLog(tmp_path / "log.jsonl", size=9)
 
 

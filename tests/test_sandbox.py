@@ -14,9 +14,9 @@ from textwrap import dedent
 
 import pytest
 
-import utils_sandbox
+from evaluation import sandbox
 from configs.base_config import UserError
-from utils_sandbox import DISK_MIB, PROCESSES, check_sandbox, passes_tests
+from evaluation.sandbox import DISK_MIB, PROCESSES, check_sandbox, passes_tests
 
 ROOT = Path(__file__).resolve().parents[1]
 SQUARE = "def f(x):\n    return x * x\n"
@@ -239,7 +239,7 @@ def test_no_process_survives(name):
 
 
 def test_a_killed_caller_takes_the_program_along(name):
-    code = "import sys, utils_sandbox\nutils_sandbox.passes_tests(sys.argv[1], ['0'], seconds=30)"
+    code = "import sys\nfrom evaluation import sandbox\nsandbox.passes_tests(sys.argv[1], ['0'], seconds=30)"
     program = named(name, "import time\ntime.sleep(20)")
     caller = subprocess.Popen([sys.executable, "-c", code, program], cwd=ROOT)
     started = wait_until(lambda: alive(name), 15)
@@ -343,7 +343,7 @@ def test_what_is_mounted_inside_usr_stays_out(tmp_path):
         pytest.skip("only root mounts")
     reach = "import os\nopen('/usr/local/games/found', 'w')\n"
     (tmp_path / "run.py").write_text(
-        "from utils_sandbox import passes_tests\n"
+        "from evaluation.sandbox import passes_tests\n"
         f"print(passes_tests('x = 1', ['assert x']), passes_tests({reach!r}, ['assert True']))"
     )
     mounted = "mount -t tmpfs -o mode=1777 none /usr/local/games && touch /usr/local/games/old"
@@ -408,11 +408,11 @@ def test_several_at_once():
 
 def test_without_isolation_nothing_is_run(tmp_path, monkeypatch):
     """The real launcher, but its new root cannot be mounted: one line that says what to mend."""
-    source = Path(utils_sandbox.__file__).read_text()
+    source = Path(sandbox.__file__).read_text()
     broken = tmp_path / "launcher.py"
     broken.write_text(source.replace('ROOT = "/proc"', 'ROOT = "/no/such/folder"'))
     assert broken.read_text() != source
-    monkeypatch.setattr(utils_sandbox, "__file__", str(broken))
+    monkeypatch.setattr(sandbox, "__file__", str(broken))
     program = f"open({str(tmp_path / 'ran')!r}, 'w').close()"
     for attempt in (check_sandbox, lambda: holds(program)):
         with pytest.raises(UserError, match="mount: No such file.*run as root, or let") as caught:
@@ -422,7 +422,7 @@ def test_without_isolation_nothing_is_run(tmp_path, monkeypatch):
 
 
 def test_a_sandbox_that_fails_right_programs_is_none(monkeypatch):
-    monkeypatch.setattr(utils_sandbox, "passes_tests", lambda *_, **__: False)
+    monkeypatch.setattr(sandbox, "passes_tests", lambda *_, **__: False)
     with pytest.raises(UserError, match="a right program fails"):
         check_sandbox()
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils_scores import (
+from tasks.scores import (
     accepted_call,
     code_of,
     flexible_number,

@@ -18,7 +18,7 @@ import train_single_task
 import train_slsd_seq
 from configs.base_config import TASKS, BaseConfig, UserError, parse_config
 from configs.smollm2_config import SmolLM2Config
-from utils_metrics import forgetting, loss_matrix
+from evaluation.matrix import forgetting, loss_matrix
 
 
 def read(path):

@@ -18,7 +18,7 @@ from models.forward import (
     picked_log_probs,
     response_logits,
 )
-from models.slsd import SLSD, ProbeBuffer, choose_probes, coarsen, entropy, kd_loss
+from models.answers import SLSD, ProbeBuffer, choose_probes, coarsen, entropy, kd_loss
 from utils_data import make_passes
 
 

@@ -14,11 +14,11 @@ from conftest import inject, make_model, make_rows, randomise
 import train_slsd_seq
 from configs.base_config import UserError
 from models.ds_lora import BRANCHES, branch_parameters, get_ds_lora_param_groups, load_adapter
-from utils_checkpoint import JsonlLog, RunState, save_checkpoint
+from training.saving import JsonlLog, RunState, save_checkpoint
 from utils_data import prepare_task
-from utils_plan import count_steps
-from utils_session import Session, StopSignals, enable_checkpointing
-from utils_train import clip_grad_norm, evaluate_loss, lr_multiplier, train_task
+from training.plan import count_steps
+from training.session import Session, StopSignals, enable_checkpointing
+from training.loop import clip_grad_norm, evaluate_loss, lr_multiplier, train_task
 
 TASK = "T2_math"
 

@@ -23,18 +23,18 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import models.slsd
+from models import answers
 import train_slsd_seq
 import utils_data
-import utils_train
+from training import loop
 from configs.base_config import BaseConfig
 from configs.smollm2_config import SmolLM2Config
 from models.ds_lora import DSLoRALinear, find_decoder_layers, replace_with_ds_lora
-from utils_checkpoint import RunState, save_checkpoint
+from training.saving import RunState, save_checkpoint
 from utils_data import IGNORE, InstructionDataset, TaskData, read_jsonl
-from utils_model import load_model, load_tokenizer
-from utils_session import Session, StopSignals, enable_checkpointing
-from utils_train import data_order, evaluate_loss, train_task
+from training.base_model import load_model, load_tokenizer
+from training.session import Session, StopSignals, enable_checkpointing
+from training.loop import data_order, evaluate_loss, train_task
 
 TASK = "T1_general"
 LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}
@@ -110,7 +110,7 @@ def without(names) -> None:
         return y
 
     if "response_head" in names:
-        models.slsd.response_logits = utils_train.response_logits = all_positions
+        models.slsd.response_logits = loop.response_logits = all_positions
     if "one_product" in names:
         DSLoRALinear.forward = two_products
     if "padding_limit" in names:

@@ -10,11 +10,11 @@ import transformers
 
 from models.drift import Drift
 from models.router import Router
-from utils_benchmarks import PRIMARY, held_out_questions
-from utils_checkpoint import write_json, write_json_lines
-from utils_distributed import gather, is_first
-from utils_generate import ask, generate, prompt_ids
-from utils_metrics import (
+from evaluation.questions import PRIMARY, held_out_questions
+from training.saving import write_json, write_json_lines
+from training.processes import gather, is_first
+from evaluation.generate import ask, generate, prompt_ids
+from evaluation.matrix import (
     format_matrix,
     format_readings,
     format_samples,
@@ -24,7 +24,7 @@ from utils_metrics import (
     score_matrix,
     summarise,
 )
-from utils_readings import (
+from evaluation.readings import (
     BASE,
     LATEST,
     READINGS,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from configs.base_config import NOT_RESULTS, NothingToDo, Stopped, UserError, num_processes
 from models.ds_lora import BRANCHES, branch_parameters, find_decoder_layers, replace_with_ds_lora
 from models.frozen_prefix import FrozenPrefix
-from utils_checkpoint import (
+from training.saving import (
     JsonlLog,
     NoLog,
     RunState,
@@ -30,8 +30,8 @@ from utils_checkpoint import (
     state_folder,
 )
 from utils_data import TaskData, make_passes, prepare_task, read_jsonl
-from utils_distributed import all_succeed, from_first, is_first, joined, rank, shows_progress
-from utils_model import (
+from training.processes import all_succeed, from_first, is_first, joined, rank, shows_progress
+from training.base_model import (
     check_device,
     check_model,
     describe_base,
@@ -41,7 +41,7 @@ from utils_model import (
     select_device,
     skeleton,
 )
-from utils_plan import check_disk, describe_parameters, prefix_room, report_plan
+from training.plan import check_disk, describe_parameters, prefix_room, report_plan
 
 # Passes without gradients keep no activations: a GPU takes them larger. A CPU gains nothing.
 PASS_WITHOUT_GRADIENTS = 4

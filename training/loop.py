@@ -15,11 +15,11 @@ from tqdm import tqdm
 from configs.base_config import Stopped, UserError, num_processes
 from models.ds_lora import get_ds_lora_param_groups, get_lora_param_groups
 from models.forward import cross_entropy, evaluation, response_logits
-from utils_checkpoint import JsonlLog
+from training.saving import JsonlLog
 from utils_data import IGNORE
-from utils_distributed import gather, rank, shows_progress, sum_gradients, sum_over_processes
-from utils_plan import count_steps
-from utils_session import Session
+from training.processes import gather, rank, shows_progress, sum_gradients, sum_over_processes
+from training.plan import count_steps
+from training.session import Session
 
 MAX_SKIPPED_IN_A_ROW = 10
 

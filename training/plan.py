@@ -7,8 +7,8 @@ from torch import nn
 
 from configs.base_config import UserError, num_processes
 from utils_data import TaskData
-from utils_distributed import processes_here
-from utils_model import model_dtype
+from training.processes import processes_here
+from training.base_model import model_dtype
 
 
 def free_host_memory() -> int:

@@ -12,7 +12,7 @@ from torch import nn
 
 from models.ds_lora import BRANCHES, reset_branch
 from models.forward import cross_entropy, evaluation, response_logits
-from models.slsd import PackedSamples
+from models.answers import PackedSamples
 
 
 class Baseline:

@@ -15,11 +15,11 @@ from configs.base_config import UserError
 from models.ds_lora import BRANCHES, branch_off, branches_restored, load_adapter
 from models.forward import evaluation
 from models.router import Router, prompt_feature
-from models.slsd import everywhere
-from utils_distributed import gather
-from utils_model import check_model, describe_base, load_model, load_tokenizer, select_device
-from utils_session import Session, StopSignals, differences, inject
-from utils_train import evaluate_loss
+from models.answers import everywhere
+from training.processes import gather
+from training.base_model import check_model, describe_base, load_model, load_tokenizer, select_device
+from training.session import Session, StopSignals, differences, inject
+from training.loop import evaluate_loss
 
 ROUTER_PROMPTS = 500
 

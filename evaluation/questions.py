@@ -13,8 +13,8 @@ from pathlib import Path
 
 from configs.base_config import UserError
 from utils_data import held_out_rows, read_jsonl, tool_input
-from utils_sandbox import check_sandbox, passes_tests
-from utils_scores import (
+from evaluation.sandbox import check_sandbox, passes_tests
+from tasks.scores import (
     accepted_call,
     code_of,
     flexible_number,

@@ -9,11 +9,11 @@ from transformers import GenerationConfig
 from configs.base_config import num_processes
 from models.forward import evaluation
 from models.router import Router
-from models.slsd import everywhere
-from utils_benchmarks import Questions, judge_all
+from models.answers import everywhere
+from evaluation.questions import Questions, judge_all
 from utils_data import IGNORE, PromptTemplate
-from utils_distributed import gather, rank, shows_progress
-from utils_readings import read_as, sources_of
+from training.processes import gather, rank, shows_progress
+from evaluation.readings import read_as, sources_of
 
 # New tokens at most: all but a few of the training responses are shorter.
 MAX_NEW_TOKENS = {
@@ -100,7 +100,7 @@ def generate(
 
 
 def ask(stage, reading: str, questions: Questions, max_new_tokens: int = 0):
-    """The replies of a `utils_readings.Stage` to `questions`, judged.
+    """The replies of a `evaluation.readings.Stage` to `questions`, judged.
 
     Returns:
         the lines of `logs/gen_<stage>_<task>.jsonl`, one an answer; the scores, one a metric.
