@@ -12,46 +12,42 @@ from pathlib import Path
 
 from torch.utils.data import Subset
 
-from configs.base_config import (
+from configs.command_line import (
+    Knobs,
     NothingToDo,
     Stopped,
     UserError,
     command_line,
+    is_first,
     knob,
-    parse_config,
 )
-from models.ds_lora import BRANCHES, branches_restored, load_adapter, reset_branch
-from evaluation.questions import Questions, benchmark_questions, held_out_questions
-from training.saving import NoLog, write_json_lines
-from utils_data import TaskData, prepare_task, read_jsonl
-from training.processes import is_first, joined
 from evaluation.generate import ask
 from evaluation.matrix import format_scores
-from evaluation.readings import BASE, LATEST, READINGS, Stage, open_stage, readings_of
-from training.loop import evaluate_loss, seed_torch, train_task
+from evaluation.questions import Questions, benchmark_questions, held_out_questions
+from evaluation.readings import BASE, LATEST, READINGS, Stage, open_stage
+from methods import parse_config
+from models.ds_lora import BRANCHES, branches_restored, load_adapter, reset_branch
+from training.loop import TaskTraining, evaluate_loss
+from training.processes import joined
+from training.saving import NoLog, write_json_lines
+from utils_data import held_out_rows, prepare_task, read_jsonl
 
 RECOVERY_STEPS = 20
 RECOVERY_SAMPLES = (10, 50)
 
 
 @dataclass
-class Evaluation:
-    checkpoint: str = knob(BASE, "a stage checkpoint, such as checkpoints/seq_T5_safety; or base")
-    branches: list[str] = knob([LATEST], f"readings, out of {', '.join(READINGS)}")
-    max_samples: int = knob(0, "questions a task or benchmark; 0: eval_samples_per_task, or all")
-    max_new_tokens: int = knob(0, "tokens of an answer at most; 0: by task, 128 to 256")
+class Evaluation(Knobs):
+    checkpoint: str = knob(BASE, "a stage checkpoint, such as checkpoints/seq_TASK; or base")
+    branches: list[str] = knob([LATEST], f"readings, out of {', '.join(READINGS)}", not_empty=True)
+    max_samples: int = knob(
+        0, "questions a task or benchmark; 0: eval_samples_per_task, or all", at_least=0
+    )
+    max_new_tokens: int = knob(0, "tokens of an answer at most; 0: by task, 128 to 256", at_least=0)
     benchmarks: str = knob("", "folder of gsm8k/, mbpp/, bfcl/, xstest/, safety-tuned-llamas/")
     recovery: bool = knob(
         False, "train copies of the branches on a few samples of each earlier task, score the loss"
     )
-
-    def __post_init__(self):
-        given = {"max_samples": self.max_samples, "max_new_tokens": self.max_new_tokens}
-        problems = [
-            f"--{name} {n}: give 0 or a positive number" for name, n in given.items() if n < 0
-        ]
-        if problems:
-            raise UserError("\n".join(problems))
 
 
 @command_line
@@ -60,19 +56,24 @@ def main(argv=None):
     if wanted.max_samples:
         cfg = dataclasses.replace(cfg, eval_samples_per_task=wanted.max_samples)
     with joined():
-        asked_tasks = cfg.task_order
+        tasks = cfg.task_order
         stage = open_stage(cfg, wanted.checkpoint)
         # Held out is what its training held out.
-        asked = held_out_questions(stage.session.cfg, asked_tasks)
+        questions = [
+            held_out_questions(
+                task, held_out_rows(stage.cfg, read_jsonl(stage.cfg.data_path(task)))
+            )
+            for task in tasks
+        ]
         if wanted.benchmarks:
-            asked += benchmark_questions(wanted.benchmarks, wanted.max_samples)
-        check(stage, wanted, asked)
+            questions += benchmark_questions(wanted.benchmarks, wanted.max_samples)
+        check(stage, wanted, questions)
         if cfg.dry_run:
-            told = ", ".join(f"{len(of.rows)} of {of.name}" for of in asked)
-            raise NothingToDo(f"dry run: {told} would be asked of {stage.name}")
+            numbers = ", ".join(f"{len(kind.rows)} of {kind.name}" for kind in questions)
+            raise NothingToDo(f"dry run: {numbers} would be asked of {stage.name}")
         try:
-            with stage.session.stop.installed():
-                evaluate(stage, wanted, asked)
+            with stage.passes.stop.installed():
+                evaluate(stage, wanted, questions)
                 if wanted.recovery:
                     recover(stage)
         except Stopped as stop:
@@ -80,10 +81,10 @@ def main(argv=None):
             raise KeyboardInterrupt from stop
 
 
-def evaluate(stage: Stage, wanted: Evaluation, asked: list[Questions]) -> None:
+def evaluate(stage: Stage, wanted: Evaluation, all_questions: list[Questions]) -> None:
     """Asks everything in every reading, keeps the answers, and prints and keeps the scores."""
     scores = []
-    for questions in asked:
+    for questions in all_questions:
         lines = []
         for reading in wanted.branches:
             found, of_reading = ask(stage, reading, questions, wanted.max_new_tokens)
@@ -98,31 +99,29 @@ def evaluate(stage: Stage, wanted: Evaluation, asked: list[Questions]) -> None:
 
 def answers_path(stage: Stage, name: str) -> Path:
     """Where the answers of `stage` to the questions `name` are kept."""
-    return Path(stage.session.cfg.log_dir) / f"gen_{stage.name}_{name}.jsonl"
+    return Path(stage.cfg.log_dir) / f"gen_{stage.name}_{name}.jsonl"
 
 
 def scores_path(stage: Stage) -> Path:
     """Where the scores of `stage` are kept; written last."""
-    return Path(stage.session.cfg.log_dir) / f"scores_{stage.name}.jsonl"
+    return Path(stage.cfg.log_dir) / f"scores_{stage.name}.jsonl"
 
 
-def check(stage: Stage, wanted: Evaluation, asked: list[Questions]) -> None:
+def check(stage: Stage, wanted: Evaluation, all_questions: list[Questions]) -> None:
     """Raises `UserError` with all that stands in the way."""
-    cfg, problems = stage.session.cfg, []
-    possible = readings_of(stage.method, cfg.num_frozen_layers)
-    needed = {}
+    cfg, problems, needed = stage.cfg, [], {}
     for name in wanted.branches:
-        if name not in possible:
+        if name not in stage.readings:
             problems.append(
-                f"--branches {name}: a model trained by {stage.method} is read as "
-                f"{', '.join(possible)}"
+                f"--branches {name}: {stage.name} of {stage.method.name} is read as "
+                f"{', '.join(stage.readings)}"
             )
         elif READINGS[name].is_routed:
             needed[name] = stage.router.tasks
             if not stage.router.tasks:
                 problems.append(f"--branches {name}: the checkpoint has no router.safetensors")
         elif READINGS[name].own:
-            needed[name] = list(dict.fromkeys(questions.task for questions in asked))
+            needed[name] = list(dict.fromkeys(questions.task for questions in all_questions))
             for task in [task for task in needed[name] if task not in stage.seen]:
                 problems.append(
                     f"--branches {name}: {stage.name} comes before {task} was learned; leave it "
@@ -161,7 +160,7 @@ def recover(stage: Stage) -> None:
     gone: an upper bound of illusory forgetting, since a small gap closes sooner than a large one.
     """
     cfg = dataclasses.replace(
-        stage.session.cfg,
+        stage.cfg,
         num_epochs=RECOVERY_STEPS,
         max_steps_per_task=RECOVERY_STEPS,
         logging_steps=RECOVERY_STEPS,
@@ -169,8 +168,8 @@ def recover(stage: Stage) -> None:
     lines = []
     for task in stage.seen[:-1]:
         lines.append({"stage": stage.name, "task": task, **recover_task(stage, cfg, task)})
-        told = "  ".join(f"{k} {v:.3f}" for k, v in lines[-1].items() if isinstance(v, float))
-        print(f"recovery of {task}: {told}")
+        losses = "  ".join(f"{k} {v:.3f}" for k, v in lines[-1].items() if isinstance(v, float))
+        print(f"recovery of {task}: {losses}")
     if is_first():
         write_json_lines(Path(cfg.log_dir) / f"recovery_{stage.name}.jsonl", lines)
 
@@ -182,20 +181,19 @@ def recover_task(stage: Stage, cfg, task: str) -> dict[str, float]:
     training on k samples from there; "share_k" of final - learned and "base_share_k" of base -
     learned are what that brought back. A share is missing where nothing was lost.
     """
-    session = stage.session
-    data = prepare_task(cfg, session.tokenizer, task, read_jsonl(cfg.data_path(task)))
+    passes, model = stage.passes, stage.passes.model
+    data = prepare_task(cfg, passes.tokenizer, task, read_jsonl(cfg.data_path(task)))
 
     def loss() -> float:
-        return evaluate_loss(session, data.held_out, f"{task} recovery")["loss"]
+        return evaluate_loss(passes, data.held_out, f"{task} recovery")["loss"]
 
     def to_base() -> None:
         for branch in BRANCHES:
-            seed_torch(cfg.seed, branch, "recovery")
-            reset_branch(session.model, branch)
+            reset_branch(model, branch, cfg.seed, branch, "recovery")
 
     found = {"final": loss()}
-    with branches_restored(session.model):
-        load_adapter(session.model, Path(cfg.save_dir) / f"seq_{task}")
+    with branches_restored(model):
+        load_adapter(model, Path(cfg.save_dir) / f"seq_{task}")
         found["learned"] = loss()
         to_base()
         found["base"] = loss()
@@ -203,11 +201,11 @@ def recover_task(stage: Stage, cfg, task: str) -> dict[str, float]:
         chosen = random.Random(f"{cfg.seed}/{task}/recovery").sample(
             range(len(data.train)), min(size, len(data.train))
         )
-        session.data[task] = TaskData(Subset(data.train, chosen), data.held_out)
+        few = Subset(data.train, chosen)
         for start, begin in (("final", lambda: None), ("base", to_base)):
-            with branches_restored(session.model):
+            with branches_restored(model):
                 begin()
-                train_task(cfg, session, task, NoLog(""))
+                TaskTraining(cfg, passes, task, few, NoLog("")).run()
                 found[f"{start}_{size}"] = loss()
     for start, share in (("final", "share"), ("base", "base_share")):
         lost = found[start] - found["learned"]

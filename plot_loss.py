@@ -13,7 +13,8 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-from evaluation.compare import COLOURS, MARKERS, UNIT, UserError, plot_compare, read_log, save
+from configs.command_line import Parser, UserError, command_line
+from evaluation.compare import COLOURS, MARKERS, UNIT, plot_compare, read_log, save
 
 
 def running_mean(values: list[float], width: int) -> list[float]:
@@ -119,39 +120,26 @@ def draw_matrix(figure, axes, stages: list[str], tasks: list[str], loss: dict) -
     figure.colorbar(image, ax=axes, label="change against the base (blue: better), nats per token")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
-
-
-def main(argv=None) -> int:
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+@command_line
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("single", "seq", "compare"), help="what to draw")
     parser.add_argument("names", nargs="*", help="the task of a single run; the runs to compare")
     parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="folder of the logs")
-    try:
-        args = parser.parse_args(argv)
-        fits = {"single": len(args.names) == 1, "seq": not args.names, "compare": args.names}
-        if not fits[args.what]:
-            raise UserError(
-                "give one task with single, such as single T2_math, none with seq, and the log "
-                "folders of runs with compare"
-            )
-        if args.what == "single":
-            path = plot_single(args.log_dir, args.names[0])
-        elif args.what == "seq":
-            path = plot_sequence(args.log_dir)
-        else:
-            path = plot_compare([Path(name) for name in args.names], args.log_dir)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    fits = {"single": len(args.names) == 1, "seq": not args.names, "compare": args.names}
+    if not fits[args.what]:
+        raise UserError(
+            "give one task with single, such as single TASK, none with seq, and the log folders of "
+            "runs with compare"
+        )
+    if args.what == "single":
+        path = plot_single(args.log_dir, args.names[0])
+    elif args.what == "seq":
+        path = plot_sequence(args.log_dir)
+    else:
+        path = plot_compare([Path(name) for name in args.names], args.log_dir)
     print(f"wrote {path}")
-    return 0
 
 
 if __name__ == "__main__":

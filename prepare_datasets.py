@@ -6,307 +6,64 @@ The sets come from the Hugging Face hub, or from a folder laid out like it (--ra
 import hashlib
 import json
 import random
-import re
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
 
-from configs.base_config import TASKS, UserError, command_line, knob, parse_dataclasses
+from configs.command_line import Knobs, UserError, command_line, knob, parse_dataclasses
+from tasks import TASKS
+from tasks.source import Drop, Source, WrongShape
 from training.saving import atomic_file, file_sha256, write_json
-from utils_data import KEYS, read_jsonl, tool_input
+from utils_data import read_jsonl
 
-# A row of one is a copy of the other's: general instructions hold code tasks too.
-OVERLAPPING = {"T1_general": "T3_code", "T3_code": "T1_general"}
 TOY_CHARS = 400
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(Knobs):
     """What to prepare, and how much of it."""
 
-    tasks: list[str] = knob(list(TASKS), "the tasks to prepare")
+    tasks: list[str] = knob(list(TASKS), "the tasks to prepare", not_empty=True)
     raw_dir: str = knob("", "folder laid out like the hub, OWNER/NAME/..., tried first; empty: hub")
     data_dir: str = knob("data", "the files go to its sub-folder full/")
     tool_dataset: Literal["glaive", "xlam"] = knob(
-        "glaive", "source of T4_tool; xlam needs access requested on the hub"
+        "glaive", "source of tool calling; xlam needs access requested on the hub"
     )
-    max_samples_per_task: int = knob(0, "a random choice of so many samples; 0: all")
-    max_chars: int = knob(6000, "longer samples, all three texts together, are dropped; 0: none")
+    max_samples_per_task: int = knob(0, "a random choice of so many samples; 0: all", at_least=0)
+    max_chars: int = knob(
+        6000, "longer samples, all three texts together, are dropped; 0: none", at_least=0
+    )
     seed: int = knob(42, "of the order and the choice of samples")
     toy: bool = knob(
         False, f"only sample toy files (texts under {TOY_CHARS} characters) from full/"
     )
     toy_dir: str = knob("", "with --toy: the folder that gets T*.jsonl")
-    toy_samples: int = knob(80, "with --toy: samples per task")
+    toy_samples: int = knob(80, "with --toy: samples per task", at_least=1)
     overwrite: bool = knob(False, "replace files that are there already")
 
-    def __post_init__(self):
-        problems = []
-        if not self.tasks or not set(self.tasks) <= set(TASKS):
-            problems.append(f"--tasks: give some of {', '.join(TASKS)}")
-        for name, least in (("max_samples_per_task", 0), ("max_chars", 0), ("toy_samples", 1)):
-            if getattr(self, name) < least:
-                problems.append(f"--{name} {getattr(self, name)}: give {least} or more")
+    def problems(self):
+        found = super().problems()
+        if not set(self.tasks) <= set(TASKS):
+            found.append(f"--tasks: give some of {', '.join(TASKS)}")
         if self.toy and not self.toy_dir:
-            problems.append("--toy needs --toy_dir, the folder that gets the files")
+            found.append("--toy needs --toy_dir, the folder that gets the files")
         if self.raw_dir and not Path(self.raw_dir).is_dir():
-            problems.append(f"--raw_dir {self.raw_dir}: there is no such folder")
-        if problems:
-            raise UserError("\n".join(problems))
+            found.append(f"--raw_dir {self.raw_dir}: there is no such folder")
+        return found
 
     def path(self, task: str) -> Path:
         """The full file of `task`."""
         return Path(self.data_dir) / "full" / f"{task}_full.jsonl"
 
 
-class Drop(Exception):
-    """A row that cannot be used; the message is the reason that is counted."""
-
-
-class WrongShape(Drop):
-    """A row that its source should not hold; a set with mostly such rows is not the one meant."""
-
-
-@dataclass
-class Sample:
-    """One line of the output; of samples with the same `key` only the first is kept."""
-
-    instruction: str
-    input: str
-    output: str
-    key: object = None
-
-    def __post_init__(self):
-        self.instruction, self.input = self.instruction.strip(), self.input.strip()
-        # A leading-space strip would break indented code.
-        self.output = self.output.lstrip("\r\n").rstrip()
-        if not self.instruction:
-            raise WrongShape("empty instruction")
-        if not self.output:
-            raise WrongShape("empty output")
-        if self.key is None:
-            self.key = self.instruction, self.input
-
-    def row(self) -> dict[str, str]:
-        return {key: getattr(self, key) for key in KEYS}
-
-
-def texts(row: dict, *columns: str) -> list[str]:
-    """The columns of `row`; raises WrongShape where one is missing or no text."""
-    for column in columns:
-        if not isinstance(row.get(column), str):
-            raise WrongShape(f"column {column} is missing or no text")
-    return [row[column] for column in columns]
-
-
-def convert_alpaca(row: dict) -> Sample:
-    """tatsu-lab/alpaca and sahil2801/CodeAlpaca-20k; many spellings of "no input" become ""."""
-    instruction, given, output = texts(row, "instruction", "input", "output")
-    # "No input", "<noinput>", "`< noinput >`.", "No input required.", "N/A" ... Signs alone stay:
-    # they are Morse code, brackets to balance, an operator to classify.
-    if re.fullmatch(r"\W*(no[\s_-]?inputs?( \w+ed)?|none|n/a)\W*", given, re.IGNORECASE):
-        given = ""
-    return Sample(instruction, given, output)
-
-
-def convert_dolly(row: dict) -> Sample:
-    """databricks/databricks-dolly-15k: context is the input; Wikipedia's citation marks go."""
-    instruction, context, response = texts(row, "instruction", "context", "response")
-    # This takes x[3] too, but not x[0]: dolly has many marks, from 1 on, and hardly any code.
-    context, response = (
-        re.sub(r"(?<=[\w.,;:)\"'])(\[[1-9]\d*\])+", "", text) for text in (context, response)
-    )
-    return Sample(instruction, context, response)
-
-
-def convert_gsm8k(row: dict) -> Sample:
-    """openai/gsm8k: the calculator's <<48/2=24>> notes go, the last line "#### 24" stays.
-
-    No input: a constant one would tell a router the task.
-    """
-    question, answer = texts(row, "question", "answer")
-    answer = re.sub(r"<<[^<>]*>>", "", answer)
-    if not re.search(r"(?m)^#### \S+\s*\Z", answer):
-        raise WrongShape("no final #### answer")
-    return Sample(question, "", answer)
-
-
-def tool_sample(request: str, tools, calls, history: str = "") -> Sample:
-    """The one form of every tool-calling source: schemas in the input, a JSON list of calls out.
-
-    Without the schemas the names could not be known and memory alone would be measured.
-    """
-    if not isinstance(tools, list) or not isinstance(calls, list):
-        raise WrongShape("tools or calls are no list")
-    if not calls:
-        raise Drop("no call")
-    names = [tool.get("name") for tool in tools if isinstance(tool, dict)]
-    output = []
-    for call in calls:
-        match call:
-            case {"name": str(name), "arguments": dict(arguments)}:
-                output.append({"name": name, "arguments": arguments})
-            case _:
-                raise WrongShape("call is not readable")
-        if name not in names:
-            raise WrongShape("call of a function that is not offered")
-    try:
-        offered = tool_input(tools)
-        answer = json.dumps(output, ensure_ascii=False, allow_nan=False)
-        # An escape such as \ud83d alone decodes to what no UTF-8 file can hold.
-        (offered + answer).encode()
-    except ValueError:
-        raise WrongShape("tools or calls are no JSON") from None
-    return Sample(request, f"{offered}\n\n{history}", answer)
-
-
-def convert_xlam(row: dict) -> Sample:
-    """Salesforce/xlam-function-calling-60k: answers and tools are JSON in strings."""
-    query, answers, tools = texts(row, "query", "answers", "tools")
-    try:
-        return tool_sample(query, json.loads(tools), json.loads(answers))
-    except ValueError:
-        raise WrongShape("tools or calls are no JSON") from None
-
-
-def convert_glaive(row: dict) -> Sample:
-    """glaiveai/glaive-function-calling-v2: a dialogue's first call and the message before it.
-
-    What was said before that message of the user follows the schemas in the input.
-    """
-    system, chat = texts(row, "system", "chat")
-    call = re.search(r"<functioncall>\s*(.*?)\s*(?:<\|endoftext\|>|\Z)", chat, re.DOTALL)
-    if not call:
-        raise Drop("no call")
-    turns = re.split(r"(?:\A|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):", chat[: call.start()])
-    said = [
-        (role, text.replace("<|endoftext|>", "").strip())
-        for role, text in zip(turns[1::2], turns[2::2], strict=True)
-    ]
-    # The call's own turn may open with words to the user.
-    users = [i for i, (role, _) in enumerate(said) if role == "USER"]
-    if not users:
-        raise WrongShape("no user message before the call")
-    history = "\n".join(f"{role}: {text}" for role, text in said[: users[-1]])
-    return tool_sample(
-        said[users[-1]][1], glaive_schemas(system), [glaive_call(call.group(1))], history
-    )
-
-
-def glaive_schemas(system: str) -> list[dict]:
-    """The schemas in a system message: JSON objects that follow each other without commas."""
-    decoder, schemas, position = json.JSONDecoder(), [], system.find("{")
-    try:
-        while position >= 0:
-            schema, end = decoder.raw_decode(system, position)
-            schemas.append(schema)
-            position = system.find("{", end)
-    except ValueError:
-        raise WrongShape("schemas are not readable") from None
-    return schemas
-
-
-def glaive_call(text: str) -> dict:
-    """A call, whose arguments are JSON in single quotes: {"name": "f", "arguments": '{"a": 1}'}."""
-    parts = re.fullmatch(
-        r'\{\s*"name":\s*"([^"]*)"\s*,\s*"arguments":\s*(.*?)\s*\}', text, re.DOTALL
-    )
-    if not parts:
-        raise WrongShape("call is not readable")
-    name, arguments = parts.groups()
-    if arguments[:1] == "'" == arguments[-1:]:
-        arguments = arguments[1:-1].replace("\\'", "'")
-    try:
-        return {"name": name, "arguments": json.loads(arguments)}
-    except ValueError:
-        raise WrongShape("call is not readable") from None
-
-
-def convert_hh(row: dict) -> Sample:
-    """Anthropic/hh-rlhf: the chosen transcript's last reply, and the dialogue before it.
-
-    A dialogue occurs at several depths: its key is the first thing said, or copies would straddle
-    the held-out split.
-    """
-    (chosen,) = texts(row, "chosen")
-    dialogue, mark, reply = chosen.rpartition("\n\nAssistant:")
-    turns = re.split(r"\n\n(Human|Assistant): ?", dialogue)
-    roles, said = turns[1::2], [text.strip() for text in turns[2::2]]
-    if not mark or turns[0].strip() or not roles:
-        raise WrongShape("no dialogue")
-    if roles != ["Human", "Assistant"] * (len(roles) // 2) + ["Human"]:
-        raise WrongShape("turns do not alternate")
-    if not all(said):
-        raise WrongShape("empty turn")
-    if "\n\nHuman:" in reply or " Human: " in reply:
-        raise WrongShape("made-up turn in the reply")
-    spoken = [f"{role}: {text}" for role, text in zip(roles, said, strict=True)]
-    return Sample(said[-1], "\n\n".join(spoken[:-1]), reply.lstrip(), key=said[0].casefold())
-
-
-@dataclass
-class Source:
-    """A set on the hub, with the arguments of `load_dataset`, and what converts its rows."""
-
-    hub_id: str
-    convert: Callable[[dict], Sample]
-    config: str | None = None
-    data_dir: str | None = None
-
-    def load(self, raw_dir: str) -> tuple[list[dict], str]:
-        """(rows, "raw" or "hub"). Raises `UserError` that names the set and the cure."""
-        # Slow to import, and only needed here.
-        from datasets import disable_progress_bars, load_dataset
-        from datasets.exceptions import DatasetsError
-
-        if not sys.stderr.isatty():
-            disable_progress_bars()
-        folder = Path(raw_dir) / self.hub_id
-        place = "raw" if raw_dir and folder.is_dir() else "hub"
-        where = str(folder) if place == "raw" else self.hub_id
-        try:
-            # A cache of its own for a local folder: datasets would not see that a file has changed.
-            with tempfile.TemporaryDirectory() as fresh:
-                cache = fresh if place == "raw" else None
-                rows = load_dataset(
-                    where, self.config, data_dir=self.data_dir, split="train", cache_dir=cache
-                )
-                return rows.to_list(), place
-        except (OSError, ValueError, DatasetsError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            cure = "mend or remove that folder"
-            if place == "hub":
-                cure = (
-                    "check the network or set HF_ENDPOINT to a mirror; where it is gated, request "
-                    f"access at https://huggingface.co/datasets/{self.hub_id} and run `hf auth "
-                    "login`; or give --raw_dir"
-                )
-            raise UserError(f"{self.hub_id} cannot be read ({reason}): {cure}") from error
-
-
-SOURCES = {
-    "T1_general": [
-        Source("tatsu-lab/alpaca", convert_alpaca),
-        Source("databricks/databricks-dolly-15k", convert_dolly),
-    ],
-    "T2_math": [Source("openai/gsm8k", convert_gsm8k, "main")],
-    "T3_code": [Source("sahil2801/CodeAlpaca-20k", convert_alpaca)],
-    # T4_tool is one of these, see tool_dataset.
-    "glaive": [Source("glaiveai/glaive-function-calling-v2", convert_glaive)],
-    "xlam": [Source("Salesforce/xlam-function-calling-60k", convert_xlam, "dataset")],
-    "T5_safety": [Source("Anthropic/hh-rlhf", convert_hh, data_dir="harmless-base")],
-}
-
-
 def sources(cfg: PrepareConfig, task: str) -> list[Source]:
     """The sets that make up `task`."""
-    return SOURCES[cfg.tool_dataset if task == "T4_tool" else task]
+    choices = TASKS[task].sources
+    return choices.get(cfg.tool_dataset) or next(iter(choices.values()))
 
 
 def prepare(cfg: PrepareConfig, task: str, taken: set) -> tuple[str, dict]:
@@ -328,7 +85,7 @@ def prepare(cfg: PrepareConfig, task: str, taken: set) -> tuple[str, dict]:
             if cfg.max_chars and length > cfg.max_chars:
                 raise Drop("longer than max_chars")
             if (sample.instruction, sample.input) in taken:
-                raise Drop(f"also in {OVERLAPPING[task]}")
+                raise Drop(f"also in {TASKS[task].overlaps}")
             if sample.key in keys:
                 raise Drop("duplicate")
             keys.add(sample.key)
@@ -402,7 +159,7 @@ def prepare_full(cfg: PrepareConfig) -> None:
         print(f"{'task':<11}{'read':>9}{'dropped':>9}{'written':>9}  reasons")
     problems = []
     for number, task in enumerate(asked, 1):
-        other = OVERLAPPING.get(task)
+        other = TASKS[task].overlaps
         try:
             taken = set()
             if other and other not in asked[number:] and cfg.path(other).exists():

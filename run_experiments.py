@@ -13,34 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import plot_loss
-from configs.base_config import TASKS, UserError, command_line, knob, parse_config
+from configs.command_line import Knobs, UserError, command_line, default_of, knob, value_of_option
+from methods import METHODS, find_method, knob_names, parse_config
+from tasks import TASKS
 from training.base_model import describe_base
-from training.session import differences, run_identity
+from training.saving import differences, run_identity
 
-REPLAYED = {"use_slsd": True, "kd_probes": "replay"}
-METHODS = {
-    "seq_lora": {"method": "seq_lora"},
-    # In all layers, as LoRA is mostly used.
-    "seq_lora_all": {"method": "seq_lora", "num_frozen_layers": 0},
-    "replay": {"method": "replay"},
-    "ewc": {"method": "ewc"},
-    "lwf": {"method": "lwf"},
-    "bank": {"method": "bank"},
-    "joint": {"method": "joint"},
-    "ds_lora": {"method": "ds_lora", "use_slsd": False},
-    "slsd": {"method": "ds_lora", "use_slsd": True},
-    # The probes of the earlier tasks too, for the slow branch or for both.
-    "slsd_replay": {"method": "ds_lora", **REPLAYED},
-    "slsd_replay_all": {"method": "ds_lora", **REPLAYED, "kd_branches": "all"},
+VARIANTS = {
+    name: {"method": method.name, **settings}
+    for method in METHODS.values()
+    for name, settings in (method.variants or {method.name: {}}).items()
 }
-DIGITS = "12345"
+NUMBERED = list(TASKS)
+DIGITS = "".join(str(number) for number in range(1, len(NUMBERED) + 1))
 
 
 @dataclass
-class Experiments:
+class Experiments(Knobs):
     methods: list[str] = knob(
-        list(METHODS),
-        f"out of {', '.join(METHODS)}; settings of its own follow a comma: slsd,kd_lambda=3",
+        list(VARIANTS),
+        f"out of {', '.join(VARIANTS)}; settings of its own follow a comma: slsd,kd_lambda=3",
     )
     seeds: list[int] = knob([], "of branch weights, samples, their order, probes; none: --seed")
     orders: list[str] = knob(
@@ -49,7 +41,7 @@ class Experiments:
 
 
 @dataclass
-class Run:
+class Experiment:
     """One run of `train_slsd_seq.py`: its name, its options and what they mean."""
 
     name: str
@@ -64,8 +56,8 @@ class Run:
 
 @command_line
 def main(argv=None):
-    cfg, experiments = parse_config(argv, Experiments, description=__doc__)
-    runs = plan(cfg, experiments)
+    cfg, experiments = parse_config(argv, Experiments, description=__doc__, every_method=True)
+    runs = plan(cfg, experiments, argv)
     failed = []
     for number, run in enumerate(runs, 1):
         state = "finished" if run.summary.exists() and not cfg.overwrite else "starting"
@@ -83,41 +75,61 @@ def main(argv=None):
         raise UserError(f"failed: {', '.join(failed)}; see above for each")
 
 
-def plan(cfg, experiments) -> list[Run]:
+def plan(cfg, experiments, argv) -> list[Experiment]:
     """Every run, all seeds of one kind after another; `UserError` with all that is wrong."""
-    common, runs, problems = as_flags(dataclasses.asdict(cfg)), [], []
-    given = "".join(str(TASKS.index(task) + 1) for task in cfg.task_order)
-    orders = experiments.orders or [given]
-    for order in orders:
+    runs, problems = [], []
+    orders = experiments.orders or [""]
+    for order in experiments.orders:
         if not order or set(order) - set(DIGITS):
             problems.append(f"--orders {order}: give digits of {DIGITS}, one a task")
     for entry in experiments.methods:
-        method, *own = entry.split(",")
-        if method not in METHODS:
-            problems.append(f"--methods {method}: give some of {', '.join(METHODS)}")
+        name, *own = entry.split(",")
+        if name not in VARIANTS:
+            problems.append(f"--methods {name}: give some of {', '.join(VARIANTS)}")
             continue
-        settings = METHODS[method] | dict(setting.partition("=")[::2] for setting in own)
+        settings = VARIANTS[name] | dict(setting.partition("=")[::2] for setting in own)
+        common = flags_for(cfg, settings["method"], argv)
         for order in orders:
-            tasks = [TASKS[int(digit) - 1] for digit in order if digit in DIGITS]
-            group = entry if order == DIGITS else f"{entry}@{order}"
+            tasks = [NUMBERED[int(digit) - 1] for digit in order if digit in DIGITS]
+            tasks = tasks or cfg.task_order
+            group = entry if tasks == NUMBERED else f"{entry}@{order or digits_of(tasks)}"
             for seed in experiments.seeds or [cfg.seed]:
-                name = f"{group}/seed{seed}"
+                folder = f"{group}/seed{seed}"
                 changes = {
                     **settings,
                     "task_order": tasks,
                     "seed": seed,
-                    "log_dir": f"{cfg.log_dir}/{name}",
-                    "save_dir": f"{cfg.save_dir}/{name}",
+                    "log_dir": f"{cfg.log_dir}/{folder}",
+                    "save_dir": f"{cfg.save_dir}/{folder}",
                 }
                 flags = common + as_flags(changes)
                 try:
-                    runs.append(Run(name, flags, *parse_config(flags, description=__doc__)))
+                    (run_cfg,) = parse_config(flags, description=__doc__)
+                    runs.append(Experiment(folder, flags, run_cfg))
                     check_finished(runs[-1])
                 except UserError as error:
                     problems += [f"{entry}: {line}" for line in str(error).splitlines()]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return runs
+
+
+def digits_of(tasks: list[str]) -> str:
+    """The order of `tasks` as digits."""
+    return "".join(str(NUMBERED.index(task) + 1) for task in tasks if task in NUMBERED)
+
+
+def flags_for(cfg, method: str, argv) -> list[str]:
+    """What was given for all runs, as far as it is something to `method`."""
+    others = {name for other in METHODS.values() for name in knob_names(other)}
+    others -= knob_names(find_method(method))
+    changed = {
+        field.name: getattr(cfg, field.name)
+        for field in dataclasses.fields(cfg)
+        if field.name not in others and getattr(cfg, field.name) != default_of(field)
+    }
+    name = value_of_option(list(sys.argv[1:] if argv is None else argv), "--config")
+    return [*(["--config", name] if name else []), *as_flags(changed)]
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -128,7 +140,7 @@ def as_flags(settings: dict) -> list[str]:
     return flags
 
 
-def execute(run: Run) -> int:
+def execute(run: Experiment) -> int:
     """The exit code of the run, in a process of its own: its faults do not end the night."""
     script = Path(__file__).with_name("train_slsd_seq.py")
     with subprocess.Popen([sys.executable, script, *run.argv]) as process:
@@ -144,7 +156,7 @@ def execute(run: Run) -> int:
             signal.signal(signal.SIGTERM, before)
 
 
-def check_finished(run: Run) -> None:
+def check_finished(run: Experiment) -> None:
     """Raises `UserError` where the finished run in the folder of `run` was another one."""
     if run.cfg.overwrite or not run.summary.exists():
         return

@@ -3,45 +3,56 @@
 import sys
 from dataclasses import dataclass
 
-from configs.base_config import TASKS, UserError, command_line, knob, parse_config
+from configs.command_line import Knobs, UserError, command_line, knob
+from methods import METHODS, find_method, parse_config
+from training.base_model import select_device as select_device
+from training.loop import TaskTraining, evaluate_loss
 from training.plan import visits_again
 from training.session import set_up
-from training.loop import evaluate_loss, train_task
 
 
 @dataclass
-class SingleTask:
-    task: str = knob("", f"the task to learn: {', '.join(TASKS)}")
-
-    def __post_init__(self):
-        if self.task not in TASKS:
-            raise UserError(f"--task {self.task or 'is missing'}: give one of {', '.join(TASKS)}")
+class SingleTask(Knobs):
+    task: str = knob("", "the task to learn, out of those of the configuration")
 
 
 @command_line
 def main(argv=None):
     cfg, single = parse_config(argv, SingleTask, description=__doc__)
-    if cfg.method not in ("ds_lora", "seq_lora"):
-        raise UserError(f"--method {cfg.method} needs several tasks: give ds_lora or seq_lora")
+    check(cfg, single.task)
     task, name = single.task, f"single_{single.task}"
     with set_up(cfg, name, [task]) as session:
-        train_log, eval_log = session.log(f"{name}_train_loss"), session.log(f"{name}_eval_loss")
+        journal, passes, data = session.journal, session.passes, session.data[task]
+        train_log, eval_log = journal.log(f"{name}_train_loss"), journal.log(f"{name}_eval_loss")
 
         def end_epoch(epoch: int):
-            session.save_checkpoint(f"{name}_epoch{epoch}")
-            result = evaluate_loss(session, session.data[task].held_out)
+            journal.save_checkpoint(f"{name}_epoch{epoch}")
+            result = evaluate_loss(passes, data.held_out)
             eval_log.write(task=task, epoch=epoch, **result)
             print(f"{task} epoch {epoch}: held-out loss {result['loss']:.3f} nats per token")
 
-        if not session.training:
-            base = evaluate_loss(session, session.data[task].held_out)
+        if not journal.training:
+            base = evaluate_loss(passes, data.held_out)
             print(f"{task} untouched base: held-out loss {base['loss']:.3f} nats per token")
-        samples = session.data[task].train
-        with session.kept_prefix() as keep:
-            if visits_again(cfg, len(samples)):
-                keep(samples, f"frozen layers, {task}")
-            train_task(cfg, session, task, train_log, on_epoch_end=end_epoch)
-        session.finish()
+        with passes.kept_prefix() as keep:
+            if visits_again(cfg, len(data.train)):
+                keep(data.train, f"frozen layers, {task}")
+            options = {"journal": journal, "on_epoch_end": end_epoch}
+            TaskTraining(cfg, passes, task, data.train, train_log, **options).run()
+        journal.finish()
+
+
+def check(cfg, task: str) -> None:
+    """Raises `UserError` where there is no such task, or the method needs more than one."""
+    problems = []
+    if task not in cfg.data_paths:
+        given = ", ".join(cfg.data_paths)
+        problems.append(f"--task {task or 'is missing'}: give one of {given}")
+    if find_method(cfg.method).needs_several_tasks:
+        others = " or ".join(n for n, method in METHODS.items() if not method.needs_several_tasks)
+        problems.append(f"--method {cfg.method} needs several tasks: give {others}")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 if __name__ == "__main__":

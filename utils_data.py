@@ -3,22 +3,18 @@
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from configs.base_config import UserError
-from models.forward import to_device
-from training.processes import shows_progress
+from configs.command_line import UserError, shows_progress
+from models.forward import IGNORE
 
 KEYS = ("instruction", "input", "output")
-IGNORE = -100
-TOOL_LINE = "You can call these functions:"
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, str]]:
@@ -68,12 +64,6 @@ def read_jsonl(path: str | Path) -> list[dict[str, str]]:
     if not rows:
         raise UserError(f"{path} holds no sample: run python prepare_datasets.py again")
     return rows
-
-
-def tool_input(schemas: list) -> str:
-    """What a tool-calling prompt says of the functions on offer; ValueError where it is no JSON."""
-    listed = json.dumps(schemas, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return f"{TOOL_LINE}\n{listed}"
 
 
 def _sha256(*texts: str) -> bytes:
@@ -210,57 +200,6 @@ def collate_fn(batch: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     }
 
 
-# What a pass costs beside its tokens, in tokens: measured on two CPU cores, where 32 to 128 are
-# alike, and about what reading the weights costs a GPU.
-PASS_COST = 64
-
-
-def _cut(lengths: list[int], tokens_per_pass: int):
-    """Yields (start, end) of each pass over falling `lengths`, at the least cost in all.
-
-    A pass costs its tokens, padding included, and PASS_COST. Dynamic programming from the end.
-    """
-    cheapest, ends = [0] * (len(lengths) + 1), [0] * len(lengths)
-    for start in reversed(range(len(lengths))):
-        longest = lengths[start]
-        most = max(1, tokens_per_pass // longest)
-        costs = (
-            (size * longest + PASS_COST + cheapest[start + size], start + size)
-            for size in range(1, min(most, len(lengths) - start) + 1)
-        )
-        cheapest[start], ends[start] = min(costs)
-    start = 0
-    while start < len(lengths):
-        yield start, ends[start]
-        start = ends[start]
-
-
-def make_passes(samples, tokens_per_pass: int, pad_token_id: int, device, share=(0, 1)):
-    """Cuts `samples` into passes of like length.
-
-    Yields (indices, {"input_ids": (batch, length) long, "positions": (n,) long}, targets (n,)
-    long): where in the flattened batch a response token is predicted, and which.
-
-    A pass holds at most `tokens_per_pass` tokens, padding included, or one sample. The longest
-    come first: what does not fit into memory shows at once. There is no attention mask: under a
-    causal mask padding on the right changes nothing, and a mask loses the fast kernels.
-
-    Args:
-        share: (i, n) takes the i-th of n shares of the samples, of about as many tokens each.
-    """
-    lengths = [len(sample["input_ids"]) for sample in samples]
-    order = sorted(range(len(samples)), key=lambda i: (-lengths[i], i))[share[0] :: share[1]]
-    for start, end in _cut([lengths[i] for i in order], tokens_per_pass):
-        indices = order[start:end]
-        batch = collate_fn([samples[i] for i in indices], pad_token_id)
-        # Found here and not on the GPU, which would have to answer before the host goes on.
-        following = F.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:].flatten()
-        positions = (following != IGNORE).nonzero().squeeze(1)
-        tensors = (batch["input_ids"], positions, following[positions])
-        input_ids, positions, targets = (to_device(tensor, device) for tensor in tensors)
-        yield indices, {"input_ids": input_ids, "positions": positions}, targets
-
-
 def held_out_rows(cfg, rows: list[dict]) -> list[dict]:
     """The rows of a task that are evaluated and never trained on."""
     return split_held_out(rows, cfg.holdout_fraction)[1][: cfg.eval_samples_per_task or None]
@@ -268,10 +207,11 @@ def held_out_rows(cfg, rows: list[dict]) -> list[dict]:
 
 @dataclass
 class TaskData:
-    """The training and the held-out samples of one task."""
+    """The training and the held-out samples of one task, and the rows of the held-out ones."""
 
     train: InstructionDataset
     held_out: InstructionDataset
+    held_out_rows: list[dict] = field(default_factory=list)
 
 
 def prepare_task(cfg, tokenizer, task: str, rows: list[dict]) -> TaskData:
@@ -284,10 +224,12 @@ def prepare_task(cfg, tokenizer, task: str, rows: list[dict]) -> TaskData:
         size = min(cfg.max_train_samples, len(train))
         train = random.Random(f"{cfg.seed}/{task}/train").sample(train, size)
     data = TaskData(
-        *(InstructionDataset(rows, tokenizer, cfg.max_seq_len) for rows in (train, held_out))
+        InstructionDataset(train, tokenizer, cfg.max_seq_len),
+        InstructionDataset(held_out, tokenizer, cfg.max_seq_len),
+        held_out,
     )
-    for name, samples in vars(data).items():
-        if not len(samples):
+    for name in ("train", "held_out"):
+        if not len(getattr(data, name)):
             raise UserError(
                 f"{cfg.data_path(task)} gives no {name} sample: add samples, or change "
                 f"holdout_fraction ({cfg.holdout_fraction}) or max_seq_len ({cfg.max_seq_len})"

@@ -1,4 +1,4 @@
-"""What every picture needs, and the comparison of finished runs. Imports nothing of the project."""
+"""What every picture needs, and the comparison of finished runs."""
 
 import itertools
 import json
@@ -14,14 +14,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from configs.base_config import NOT_RESULTS
+from configs.command_line import UserError
+
 # Okabe & Ito's palette: told apart with every kind of colour vision. Markers tell them apart too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 UNIT = "loss (nats per response token)"
-
-
-class UserError(Exception):
-    """Something the user can mend; the message says how."""
 
 
 def read_log(path: Path, keys: tuple[str, ...], command: str) -> list[dict]:
@@ -59,7 +58,7 @@ def save(figure, path: Path) -> Path:
 
 
 @dataclass
-class Run:
+class FinishedRun:
     """One run of the sequence, as its log folder tells it."""
 
     folder: Path
@@ -69,7 +68,7 @@ class Run:
     scores: list[dict]  # of the last stage, where evaluate_tasks.py was run on it
 
     @classmethod
-    def read(cls, folder: Path) -> "Run":
+    def read(cls, folder: Path) -> "FinishedRun":
         """Raises UserError where the run is not finished."""
         path, command = folder / "seq_summary.json", "python train_slsd_seq.py"
         try:
@@ -81,10 +80,10 @@ class Run:
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(f"{path} is no summary of a run: run {command} again") from None
         rows = read_log(folder / "seq_eval_loss.jsonl", ("stage", "eval_task", "loss"), command)
-        log, moved = folder / "seq_drift.jsonl", []
+        log, drift = folder / "seq_drift.jsonl", []
         # One task alone, or all at once, has no earlier one.
         if log.exists() and log.stat().st_size:
-            moved = read_log(log, ("stage", "probe_task", "teacher", "kl_first"), command)
+            drift = read_log(log, ("stage", "probe_task", "teacher", "kl_first"), command)
         path = folder / f"scores_{last}.jsonl"
         keys = ("task", "metric", "branches", "score", "low", "high")
         scores = read_log(path, keys, "python evaluate_tasks.py") if path.exists() else []
@@ -94,7 +93,7 @@ class Run:
             [row for row in rows if row["stage"] == last],
             [
                 row
-                for row in moved
+                for row in drift
                 if row["stage"] == last and row["probe_task"] == row["teacher"] != last
             ],
             scores,
@@ -104,7 +103,7 @@ class Run:
         """Mean loss of all tasks after the last stage as the reading `name`; NaN without it."""
         return mean([r["loss"] for r in self.losses if r.get("branches", "latest") == name])
 
-    def moved(self, key: str) -> float:
+    def mean_drift(self, key: str) -> float:
         """Mean drift of the earlier tasks: "kl_first" or "kl_rest", nats per response token."""
         return mean([row[key] for row in self.drift if row[key] is not None])
 
@@ -113,7 +112,7 @@ class Run:
 
         The LoRA of a bank's last task is not meant for the others: only what it learns counts.
         """
-        if self.summary["config"].get("method") == "bank" and name != "learning_loss":
+        if not self.summary.get("is_one_model", True) and name != "learning_loss":
             return math.nan
         value = self.summary.get(name)
         return math.nan if value is None else value
@@ -137,23 +136,20 @@ def deviation(values: list[float]) -> float:
 
 
 # Of all fields, those that tell one run of a group from another.
-OF_A_RUN = {
-    *("seed", "log_dir", "save_dir", "overwrite", "device", "tokens_per_pass", "save_steps"),
-    *("prefix_cache_gib", "gradient_checkpointing", "logging_steps"),
-}
+OF_A_RUN = {"seed", *NOT_RESULTS}
 
 
-def group_runs(folders: list[Path]) -> dict[str, list[Run]]:
+def group_runs(folders: list[Path]) -> dict[str, list[FinishedRun]]:
     """Runs by name: folders NAME/seed1, NAME/seed2, ... are one group NAME.
 
     Settings that follow a comma in a name are left out where the names stay apart without them.
     Raises UserError where the runs of a group differ in more than the seed.
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[FinishedRun]] = {}
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         is_seed = re.fullmatch(r"seed\d+", folder.name)
         groups.setdefault(folder.parent.name if is_seed else folder.name, []).append(
-            Run.read(folder)
+            FinishedRun.read(folder)
         )
     for name, runs in groups.items():
         first, *others = (
@@ -181,7 +177,7 @@ def group_runs(folders: list[Path]) -> dict[str, list[Run]]:
 SAME_BASE = 0.02
 
 
-def check_alike(runs: list[Run]) -> None:
+def check_alike(runs: list[FinishedRun]) -> None:
     """Raises UserError where the runs differ in tasks, base model or held-out samples."""
     first, *others = (
         dict(zip(run.summary["tasks"], run.summary["matrix"][0], strict=True)) for run in runs
@@ -207,15 +203,15 @@ def spread(values: list[float], form: str, form_of_spread: str = ".3f") -> str:
     return text
 
 
-COLUMNS: dict[str, tuple[Callable[[Run], float], str]] = {
+COLUMNS: dict[str, tuple[Callable[[FinishedRun], float], str]] = {
     "just learned ↓": (lambda run: run.metric("learning_loss"), ".3f"),
     "forgetting ↓": (lambda run: run.metric("forgetting"), "+.3f"),
     "BWT ↑": (lambda run: run.metric("backward_transfer"), "+.3f"),
     "final ↓": (lambda run: run.metric("average_final_loss"), ".3f"),
     "AIA ↓": (lambda run: run.metric("average_incremental_loss"), ".3f"),
     "retention ↑": (lambda run: run.metric("retention"), ".2f"),
-    "drift, first 5 ↓": (lambda run: run.moved("kl_first"), ".3f"),
-    "drift, rest ↓": (lambda run: run.moved("kl_rest"), ".3f"),
+    "drift, first 5 ↓": (lambda run: run.mean_drift("kl_first"), ".3f"),
+    "drift, rest ↓": (lambda run: run.mean_drift("kl_rest"), ".3f"),
 }
 
 
@@ -230,18 +226,18 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def readings_of(runs: Iterable[Run]) -> list[str]:
+def readings_in(runs: Iterable[FinishedRun]) -> list[str]:
     """The readings that some of the runs has, "latest" first."""
     names = (row.get("branches", "latest") for run in runs for row in run.losses)
     return list(dict.fromkeys(["latest", *names]))
 
 
-def with_readings(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
+def with_readings(groups: dict[str, list[FinishedRun]]) -> dict[str, list[FinishedRun]]:
     """The groups that have more than one reading."""
-    return {name: runs for name, runs in groups.items() if len(readings_of(runs)) > 1}
+    return {name: runs for name, runs in groups.items() if len(readings_in(runs)) > 1}
 
 
-def compare_tables(groups: dict[str, list[Run]]) -> str:
+def compare_tables(groups: dict[str, list[FinishedRun]]) -> str:
     """All groups by metric, and those with several readings by reading."""
     a_run = next(iter(groups.values()))[0]
     base = mean([loss for loss in a_run.summary["matrix"][0] if loss is not None])
@@ -257,7 +253,7 @@ def compare_tables(groups: dict[str, list[Run]]) -> str:
         markdown(["method", "seeds", *COLUMNS, "training, min"], rows),
     ]
     if several := with_readings(groups):
-        readings = readings_of(itertools.chain(*several.values()))
+        readings = readings_in(itertools.chain(*several.values()))
         rows = [
             [name, *(spread([run.reading(r) for run in runs], ".3f") for r in readings)]
             for name, runs in several.items()
@@ -272,7 +268,7 @@ def compare_tables(groups: dict[str, list[Run]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def score_table(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:
+def score_table(groups: dict[str, list[FinishedRun]]) -> tuple[list[str], list[list[str]]]:
     """(header, rows): a row for each method and reading, a column for each score."""
     cells: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for name, runs in groups.items():
@@ -282,13 +278,13 @@ def score_table(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str]
             of_row.setdefault(column, []).append(line)
     columns = list(dict.fromkeys(column for of_row in cells.values() for column in of_row))
 
-    def told(lines: list[dict]) -> str:
+    def cell(lines: list[dict]) -> str:
         if len(lines) == 1:
             (line,) = lines
             return f"{line['score']:.0f} [{line['low']:.0f}, {line['high']:.0f}]"
         return spread([line["score"] for line in lines], ".1f", ".1f")
 
-    rows = [[*key, *(told(of_row.get(c, [])) for c in columns)] for key, of_row in cells.items()]
+    rows = [[*key, *(cell(of_row.get(c, [])) for c in columns)] for key, of_row in cells.items()]
     return ["method", "read as", *columns], rows
 
 
@@ -298,7 +294,7 @@ def style_of(i: int) -> dict:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[turn % len(MARKERS)]}
 
 
-def draw_trade_off(axes, groups: dict[str, list[Run]]) -> None:
+def draw_trade_off(axes, groups: dict[str, list[FinishedRun]]) -> None:
     """Learning against forgetting; a method without a sequence is a line."""
     for i, (name, runs) in enumerate(groups.items()):
         x = [run.metric("learning_loss") for run in runs]
@@ -328,13 +324,13 @@ def draw_trade_off(axes, groups: dict[str, list[Run]]) -> None:
     axes.grid(alpha=0.3)
 
 
-def draw_readings(axes, groups: dict[str, list[Run]]) -> None:
+def draw_readings(axes, groups: dict[str, list[FinishedRun]]) -> None:
     """Final loss by reading, a line for each group that has several."""
     several = with_readings(groups)
     if not several:
         axes.axis("off")
         return
-    names = readings_of(itertools.chain(*several.values()))
+    names = readings_in(itertools.chain(*several.values()))
     for j, reading in enumerate(names):
         values = [[run.reading(reading) for run in runs] for runs in several.values()]
         axes.errorbar(
@@ -355,7 +351,7 @@ def draw_readings(axes, groups: dict[str, list[Run]]) -> None:
     axes.legend(fontsize="small", ncols=2)
 
 
-def draw_forgotten(axes, runs: list[Run], name: str, largest: float):
+def draw_forgotten(axes, runs: list[FinishedRun], name: str, largest: float):
     """How much worse each task is after each stage than right after its own; mean over seeds."""
     change, tasks = forgotten(runs), [task.partition("_")[0] for task in runs[0].summary["tasks"]]
     image = axes.imshow(change, cmap="RdBu_r", vmin=-largest, vmax=largest)
@@ -372,7 +368,7 @@ def draw_forgotten(axes, runs: list[Run], name: str, largest: float):
     return image
 
 
-def forgotten(runs: list[Run]) -> list[list[float]]:
+def forgotten(runs: list[FinishedRun]) -> list[list[float]]:
     """A[t][i] - A[i][i] of stages t >= i, mean over `runs`; NaN elsewhere."""
     size = len(runs[0].summary["tasks"])
     matrices = [run.summary["matrix"] for run in runs]

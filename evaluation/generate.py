@@ -3,29 +3,26 @@
 import contextlib
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig
 
-from configs.base_config import num_processes
-from models.forward import evaluation
-from models.router import Router
-from models.answers import everywhere
+from configs.command_line import num_processes, rank
 from evaluation.questions import Questions, judge_all
-from utils_data import IGNORE, PromptTemplate
-from training.processes import gather, rank, shows_progress
-from evaluation.readings import read_as, sources_of
+from evaluation.readings import Stage, read_as, sources_of
+from models.answers import everywhere
+from models.forward import IGNORE, evaluation
+from tasks import find_task
+from training.passes import Passes, progress_bar
+from training.processes import gather
+from utils_data import PromptTemplate
 
-# New tokens at most: all but a few of the training responses are shorter.
-MAX_NEW_TOKENS = {
-    "T1_general": 192,
-    "T2_math": 256,
-    "T3_code": 192,
-    "T4_tool": 192,
-    "T5_safety": 128,
-}
-SENSITIVE = "T5_safety"
 # A token in the cache takes far less memory than one in a training pass.
 TOKENS_IN_CACHE = 16
+
+
+def prompt_samples(prompts: list[list[int]]) -> list[dict]:
+    """Prompts (token ids) as samples without a response."""
+    ids = map(torch.tensor, prompts)
+    return [{"id": "", "input_ids": i, "labels": torch.full_like(i, IGNORE)} for i in ids]
 
 
 def prompt_ids(tokenizer, rows: list[dict], max_length: int) -> list[list[int]]:
@@ -60,7 +57,7 @@ def left_padded(prompts: list[list[int]], pad: int, device) -> dict[str, torch.T
 
 
 def generate(
-    session, prompts: list[list[int]], max_new_tokens: int, description: str = "generating"
+    passes: Passes, prompts: list[list[int]], max_new_tokens: int, description: str = "generating"
 ) -> list[str]:
     """The greedy continuation of each prompt (token ids) up to eos, as text, in their order.
 
@@ -68,55 +65,48 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     mine = order[rank() :: num_processes()]
-    tokenizer, device = session.tokenizer, session.device
+    model, tokenizer = passes.model, passes.tokenizer
 
     def run() -> dict[int, str]:
         replies, start = {}, 0
-        progress = tqdm(
-            total=len(mine),
-            desc=description,
-            unit="answer",
-            leave=False,
-            disable=not shows_progress(),
-        )
-        with evaluation(session.model), greedy(session.model, tokenizer, max_new_tokens), progress:
+        progress = progress_bar(len(prompts), description, "answer")
+        with evaluation(model), greedy(model, tokenizer, max_new_tokens), progress:
             while start < len(mine):
-                if num_processes() == 1:
-                    session.stop.check()
+                passes.stop.check()
                 longest = len(prompts[mine[start]]) + max_new_tokens
-                size = max(1, TOKENS_IN_CACHE * session.tokens_per_pass // longest)
+                size = max(1, TOKENS_IN_CACHE * passes.tokens_per_pass // longest)
                 batch = mine[start : start + size]
-                session.samples_in_pass = len(batch)
-                inputs = left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, device)
-                outputs = session.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+                passes.samples_in_pass = len(batch)
+                chosen = [prompts[i] for i in batch]
+                inputs = left_padded(chosen, tokenizer.pad_token_id, passes.device)
+                outputs = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
                 texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
                 replies.update(zip(batch, (text.strip() for text in texts), strict=True))
                 start += len(batch)
                 progress.update(len(batch))
         return replies
 
-    replies = everywhere(gather, session.with_less_memory(run))
+    replies = everywhere(gather, passes.with_less_memory(run))
     return [replies[i] for i in range(len(prompts))]
 
 
-def ask(stage, reading: str, questions: Questions, max_new_tokens: int = 0):
-    """The replies of a `evaluation.readings.Stage` to `questions`, judged.
+def ask(stage: Stage, reading: str, questions: Questions, max_new_tokens: int = 0):
+    """The replies of `stage` to `questions`, judged.
 
     Returns:
         the lines of `logs/gen_<stage>_<task>.jsonl`, one an answer; the scores, one a metric.
     """
     rows, task = questions.rows, questions.task
-    replies, sources = answer(
-        stage.session, stage.method, reading, task, rows, stage.router, max_new_tokens
-    )
+    replies, sources = answer(stage, reading, task, rows, max_new_tokens)
     judged, scores = judge_all(questions, replies)
     what = {"stage": stage.name, "branches": reading, "task": questions.name}
+    is_sensitive = find_task(task).is_sensitive
     lines = [
         {
             **what,
             "number": i,
             # Harmful prompts are not copied about.
-            "instruction": "" if task == SENSITIVE else row["instruction"],
+            "instruction": "" if is_sensitive else row["instruction"],
             "answered_as": source,
             "reply": reply,
             **of_reply,
@@ -129,33 +119,20 @@ def ask(stage, reading: str, questions: Questions, max_new_tokens: int = 0):
 
 
 def answer(
-    session,
-    method: str,
-    reading: str,
-    task: str,
-    rows: list[dict],
-    router: Router,
-    max_new_tokens: int = 0,
+    stage: Stage, reading: str, task: str, rows: list[dict], max_new_tokens: int = 0
 ) -> tuple[list[str], list[str]]:
     """(replies, the task whose branches gave each) to `rows` of `task`, read as `reading`.
 
     Args:
-        max_new_tokens: 0: MAX_NEW_TOKENS of the task.
+        max_new_tokens: 0: as many as the task wants.
     """
-    prompts = prompt_ids(session.tokenizer, rows, session.cfg.max_seq_len)
-    samples = [
-        {"id": "", "input_ids": ids, "labels": torch.full_like(ids, IGNORE)}
-        for ids in map(torch.tensor, prompts)
-    ]
+    prompts = prompt_ids(stage.passes.tokenizer, rows, stage.cfg.max_seq_len)
+    limit = max_new_tokens or find_task(task).max_new_tokens
     replies, sources = [""] * len(rows), [""] * len(rows)
-    for source, chosen in sources_of(session, reading, task, samples, router).items():
-        with read_as(session, method, reading, source):
-            texts = generate(
-                session,
-                [prompts[i] for i in chosen],
-                max_new_tokens or MAX_NEW_TOKENS[task],
-                f"{task} ({reading})",
-            )
+    for source, chosen in sources_of(stage, reading, task, prompt_samples(prompts)).items():
+        with read_as(stage, reading, source):
+            of_source = [prompts[i] for i in chosen]
+            texts = generate(stage.passes, of_source, limit, f"{task} ({reading})")
         for i, text in zip(chosen, texts, strict=True):
             replies[i], sources[i] = text, source
     return replies, sources

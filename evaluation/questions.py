@@ -7,31 +7,25 @@ that does not apply to a row is left out.
 import csv
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.base_config import UserError
-from utils_data import held_out_rows, read_jsonl, tool_input
+from configs.command_line import UserError
 from evaluation.sandbox import check_sandbox, passes_tests
+from tasks import find_task
+from tasks.math import judge_math
+from tasks.safety import judge_refusal
 from tasks.scores import (
     accepted_call,
     code_of,
-    flexible_number,
     is_garbage,
-    is_python,
     is_refusal,
     mean_interval,
     parse_calls,
-    rouge_l,
-    same_calls,
-    same_names,
-    same_number,
-    strict_number,
     wilson_interval,
 )
-
-Judge = Callable[[dict, str], dict[str, float]]
+from tasks.task import Judge
+from tasks.tool import tool_input
 
 
 @dataclass
@@ -47,39 +41,6 @@ class Questions:
     task: str
     rows: list[dict]
     judge: Judge
-
-
-def judge_general(row: dict, reply: str) -> dict[str, float]:
-    return {"rouge_l": rouge_l(reply, row["output"])}
-
-
-def judge_math(row: dict, reply: str) -> dict[str, float]:
-    """Strict looks behind the last ####, flexible takes the last number: they part by format."""
-    answer = strict_number(row["output"])
-    return {
-        "strict": same_number(strict_number(reply), answer),
-        "flexible": same_number(flexible_number(reply), answer),
-    }
-
-
-def judge_code(row: dict, reply: str) -> dict[str, float]:
-    """The syntax counts only where the reference is Python itself."""
-    scores = {"rouge_l": rouge_l(reply, row["output"])}
-    return {"syntax": is_python(reply), **scores} if is_python(row["output"]) else scores
-
-
-def judge_calls(row: dict, reply: str) -> dict[str, float]:
-    """Names and arguments count only where the reference holds calls as we know them."""
-    calls, reference = parse_calls(reply), parse_calls(row["output"])
-    scores = {"json": calls is not None}
-    if reference is not None:
-        scores["names"] = calls is not None and same_names(calls, reference)
-        scores["exact"] = calls is not None and same_calls(calls, reference)
-    return scores
-
-
-def judge_refusal(_: dict, reply: str) -> dict[str, float]:
-    return {"refused": is_refusal(reply), "not_garbage": not is_garbage(reply)}
 
 
 def judge_answered(_: dict, reply: str) -> dict[str, float]:
@@ -100,25 +61,6 @@ def judge_accepted(row: dict, reply: str) -> dict[str, float]:
         "json": calls is not None,
         "exact": calls is not None and accepted_call(calls, row["possible"], row["required"]),
     }
-
-
-JUDGES: dict[str, Judge] = {
-    "T1_general": judge_general,
-    "T2_math": judge_math,
-    "T3_code": judge_code,
-    "T4_tool": judge_calls,
-    "T5_safety": judge_refusal,
-}
-
-
-# The score of each task that tells most of it.
-PRIMARY = {
-    "T1_general": "rouge_l",
-    "T2_math": "strict",
-    "T3_code": "rouge_l",
-    "T4_tool": "exact",
-    "T5_safety": "refused",
-}
 
 
 def score(values: list[float]) -> dict[str, float]:
@@ -147,12 +89,9 @@ def judge_all(questions: Questions, replies: list[str]) -> tuple[list[dict], dic
     }
 
 
-def held_out_questions(cfg, tasks: list[str]) -> list[Questions]:
-    """The held-out samples of `tasks`, with what their outputs say as the reference."""
-    return [
-        Questions(task, task, held_out_rows(cfg, read_jsonl(cfg.data_path(task))), JUDGES[task])
-        for task in tasks
-    ]
+def held_out_questions(task: str, rows: list[dict]) -> Questions:
+    """The held-out rows of `task`, with what their outputs say as the reference."""
+    return Questions(task, task, rows, find_task(task).judge)
 
 
 def _row(instruction: str, given: str = "", output: str = "", **more) -> dict:

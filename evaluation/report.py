@@ -8,11 +8,7 @@ from functools import partial
 import torch
 import transformers
 
-from models.drift import Drift
-from models.router import Router
-from evaluation.questions import PRIMARY, held_out_questions
-from training.saving import write_json, write_json_lines
-from training.processes import gather, is_first
+from configs.command_line import is_first
 from evaluation.generate import ask, generate, prompt_ids
 from evaluation.matrix import (
     format_matrix,
@@ -24,6 +20,7 @@ from evaluation.matrix import (
     score_matrix,
     summarise,
 )
+from evaluation.questions import held_out_questions
 from evaluation.readings import (
     BASE,
     LATEST,
@@ -31,11 +28,17 @@ from evaluation.readings import (
     Stage,
     add_to_router,
     evaluate_reading,
-    readings_of,
+    possible_readings,
 )
+from methods import find_method
+from models.drift import Drift
+from tasks import find_task
+from training.processes import gather
+from training.saving import write_json, write_json_lines
+from training.session import Session
 
 # Of each task seen, after each stage: answers that a person can read, and their tokens.
-SAMPLES_TOLD, SAMPLE_TOKENS = 2, 64
+ANSWERS_SHOWN, ANSWER_TOKENS = 2, 64
 
 
 class SequenceReport:
@@ -45,21 +48,23 @@ class SequenceReport:
         drift: answers of earlier models, see `models.drift.Drift`.
     """
 
-    def __init__(self, session):
-        self.session, self.cfg = session, session.cfg
-        self.losses = session.log("seq_eval_loss")
-        self.routes = session.log("seq_router")
-        self.moved = session.log("seq_drift")
-        self.samples = session.log("seq_samples")
-        self.scores = session.log("seq_scores")
-        drift = Drift(session.model, session.make_passes, gather, self.cfg.kd_top_k)
-        self.drift = session.attach("drift", drift)
-        router = session.attach("router", Router())
-        self.now = Stage(BASE, self.cfg.method, session, router)
-        possible = readings_of(self.cfg.method, self.cfg.num_frozen_layers)
+    def __init__(self, cfg, session: Session):
+        self.cfg, self.passes, self.journal = cfg, session.passes, session.journal
+        self.losses, self.routes, self.drift_log, self.samples, self.scores = (
+            self.journal.log(f"seq_{name}")
+            for name in ("eval_loss", "router", "drift", "samples", "scores")
+        )
+        drift = Drift(self.passes.model, self.passes.make, gather, cfg.kd_top_k)
+        self.drift = self.journal.attach("drift", drift)
+        self.now = Stage(BASE, cfg, self.passes, session.data)
+        self.journal.attach("router", self.now.router)
+        self.method = find_method(cfg.method)
+        possible = possible_readings(self.method, cfg.num_frozen_layers)
         self.others = [reading for reading in possible if reading != LATEST]
-        asked = held_out_questions(self.cfg, self.cfg.task_order)
-        self.questions = {questions.name: questions for questions in asked}
+        self.questions = {
+            task: held_out_questions(task, session.data[task].held_out_rows)
+            for task in cfg.task_order
+        }
 
     def base(self) -> None:
         """Row 0: the untouched model on every task."""
@@ -71,9 +76,9 @@ class SequenceReport:
         self.now.name = stage
         further = {}
         if any(READINGS[reading].is_routed for reading in self.others):
-            add_to_router(self.session, self.now.router, stage)
+            add_to_router(self.now)
             further["router"] = self.now.router.state()
-        self.session.save_checkpoint(f"seq_{stage}", **further)
+        self.journal.save_checkpoint(f"seq_{stage}", **further)
         self.evaluate(self.cfg.task_order if self.cfg.all_readings else seen)
         if self.cfg.all_readings or is_last:
             for reading in self.others:
@@ -99,25 +104,28 @@ class SequenceReport:
         An earlier task's are those to some of its held-out samples, by the model that had just
         learned it, and those to some of its probes, by the model that chose them.
         """
-        stage, with_less_memory = self.now.name, self.session.with_less_memory
+        stage, with_less_memory = self.now.name, self.passes.with_less_memory
         for name in sorted(self.drift.buffers):
             task, teacher = name.split("/")
-            moved = with_less_memory(partial(self.drift.measure, name))
-            moved = {key: _finite(value) for key, value in moved.items()}
-            self.moved.write(stage=stage, probe_task=task, teacher=teacher, **moved)
+            divergences = with_less_memory(partial(self.drift.measure, name))
+            divergences = {key: _finite(value) for key, value in divergences.items()}
+            self.drift_log.write(stage=stage, probe_task=task, teacher=teacher, **divergences)
         if stage in self.cfg.task_order:
-            held_out = self.session.data[stage].held_out
+            held_out = self.now.data[stage].held_out
             with_less_memory(partial(self.drift.remember, f"{stage}/{stage}", held_out))
 
     def log_first_answers(self, tasks: list[str]) -> None:
         """Logs the first answers to the held-out samples of `tasks`."""
-        asked = [self.questions[task] for task in tasks]
-        told = [(q, i) for q in asked for i in range(min(SAMPLES_TOLD, len(q.rows)))]
-        rows = [questions.rows[i] for questions, i in told]
-        prompts = prompt_ids(self.session.tokenizer, rows, self.cfg.max_seq_len)
-        replies = generate(self.session, prompts, SAMPLE_TOKENS, f"{self.now.name}: answers")
-        for (of, number), reply in zip(told, replies, strict=True):
-            self.samples.write(stage=self.now.name, task=of.name, number=number, reply=reply)
+        first = [
+            (task, number, row)
+            for task in tasks
+            for number, row in enumerate(self.questions[task].rows[:ANSWERS_SHOWN])
+        ]
+        rows = [row for *_, row in first]
+        prompts = prompt_ids(self.passes.tokenizer, rows, self.cfg.max_seq_len)
+        replies = generate(self.passes, prompts, ANSWER_TOKENS, f"{self.now.name}: answers")
+        for (task, number, _), reply in zip(first, replies, strict=True):
+            self.samples.write(stage=self.now.name, task=task, number=number, reply=reply)
 
     def score(self, tasks: list[str]) -> None:
         """--generate: logs all answers to the held-out samples of `tasks`, and their scores."""
@@ -133,32 +141,31 @@ class SequenceReport:
         """Prints the tables and writes `seq_summary.json`."""
         if not is_first():
             return
-        tasks, joint = self.cfg.task_order, self.cfg.method == "joint"
+        tasks, joint = self.cfg.task_order, self.method.merges_tasks
         evaluations = self.losses.read()
         matrix = loss_matrix(evaluations, tasks)
         print(format_matrix(matrix, tasks, joint))
         if self.others:
             meanings = {name: reading.meaning for name, reading in READINGS.items()}
-            if self.cfg.method == "bank":
-                meanings |= {LATEST: "the last LoRA", "own": "its own LoRA"}
-            print(format_readings(evaluations, tasks, meanings))
+            print(format_readings(evaluations, tasks, meanings | self.method.meanings))
         if self.cfg.generate:
-            scores, metrics = self.scores.read(), {task: PRIMARY[task] for task in tasks}
-            last = list(self.session.position["stages"])[-1]
+            scores, metrics = self.scores.read(), {task: find_task(task).primary for task in tasks}
+            last = list(self.journal.position["stages"])[-1]
             print(format_scores([line for line in scores if line["stage"] == last]))
             print(format_score_matrix(score_matrix(scores, metrics), metrics, joint))
         references = {n: [row["output"] for row in q.rows] for n, q in self.questions.items()}
         print(format_samples(self.samples.read(), references))
-        on_gpu = self.session.device.type == "cuda"
+        on_gpu = self.passes.device.type == "cuda"
         write_json(
             f"{self.cfg.log_dir}/seq_summary.json",
             {
                 "tasks": tasks,
                 "matrix": [[_finite(loss) for loss in row] for row in matrix],
                 **{name: _finite(value) for name, value in summarise(matrix, joint).items()},
-                "stages": self.session.position["stages"],
+                "stages": self.journal.position["stages"],
+                "is_one_model": self.method.is_one_model,
                 "config": dataclasses.asdict(self.cfg),
-                "identity": self.session.identity,
+                "identity": self.journal.identity,
                 "versions": {
                     "python": platform.python_version(),
                     "torch": torch.__version__,

@@ -89,7 +89,7 @@ def check_sandbox() -> None:
 
 def _no_sandbox(reason: str) -> Exception:
     # Imported here: the launcher runs this file, and torch would cost it seconds.
-    from configs.base_config import UserError
+    from configs.command_line import UserError
 
     return UserError(
         f"model-written programs cannot be run in isolation on this machine ({reason}): run as "

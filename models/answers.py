@@ -1,21 +1,23 @@
-"""Stability-aware Lightweight Self-Distillation (SLSD).
+"""A model's answers, kept small: its likeliest classes at each response token, and the rest as one.
 
-Before task t the model as task t-1 left it, theta(t-1), reads a pool of task t's samples once.
-Those it is surest about become the probe buffer, with its answers; distilling them during task t
-moves the slow branch only:  L_slow = L_supervised + lambda L_KD,  L_fast = L_supervised.
+And the divergence from answers that were kept to those of the model as it is now.
 """
 
-import contextlib
 import math
-import random
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ds_lora import branch_off, branch_parameters
-from models.forward import dropout_off, evaluation, picked_log_probs, response_logits, to_device
+from models.forward import (
+    IGNORE,
+    evaluation,
+    picked_log_probs,
+    response_logits,
+    response_tokens,
+    to_device,
+)
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -23,12 +25,6 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     log_p = logits.float().log_softmax(-1)
     # 0 log 0 = 0: the clamp spares a class without mass from being 0 times infinity.
     return -(log_p.exp() * log_p.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
-
-
-def choose_probes(entropies: list[float], threshold: float, size: int) -> list[int]:
-    """Indices of the samples with entropy <= `threshold` nats, lowest first, at most `size`."""
-    order = sorted(range(len(entropies)), key=lambda i: (entropies[i], i))
-    return [i for i in order if entropies[i] <= threshold][:size]
 
 
 def _log_of_rest(log_mass: torch.Tensor) -> torch.Tensor:
@@ -112,13 +108,12 @@ class PackedSamples:
     @classmethod
     def build(cls, samples: list[dict], **more):
         """From samples with "id" (hex), "input_ids" and "labels"; `more` fields of a subclass."""
-        labels = [sample["labels"] for sample in samples]
         return cls(
             sample_ids=torch.tensor(
                 [list(bytes.fromhex(s["id"])) for s in samples], dtype=torch.uint8
             ),
-            lengths=torch.tensor([len(row) for row in labels]),
-            response_lengths=torch.tensor([int((row != -100).sum()) for row in labels]),
+            lengths=torch.tensor([len(s["input_ids"]) for s in samples]),
+            response_lengths=torch.tensor([response_tokens(s) for s in samples]),
             input_ids=torch.cat([s["input_ids"] for s in samples]).int(),
             **more,
         )
@@ -132,7 +127,7 @@ class PackedSamples:
             raise IndexError(i)
         input_ids = self.input_ids[self._starts[i] : self._starts[i + 1]].long()
         labels = input_ids.clone()
-        labels[: len(labels) - int(self.response_lengths[i])] = -100
+        labels[: len(labels) - int(self.response_lengths[i])] = IGNORE
         return {
             "id": bytes(self.sample_ids[i].tolist()).hex(),
             "input_ids": input_ids,
@@ -175,6 +170,15 @@ class ProbeBuffer(PackedSamples):
         return log_probs - total[:, None], self.ids[rows].long(), log_tail - total
 
 
+def teacher_of_pass(probes: list[tuple[ProbeBuffer, int]], device: torch.device) -> list:
+    """The answers of the probes (buffer, number) of a pass, one after another, on `device`.
+
+    log_probs (n, k) fp32, ids (n, k) int64 and log_tail (n,) fp32, as `kl_divergence` takes them.
+    """
+    answers = zip(*(buffer.answers(i) for buffer, i in probes), strict=True)
+    return [to_device(torch.cat(parts), device) for parts in answers]
+
+
 def read_answers(model: nn.Module, make_passes, samples, top_k: int, temperature: float):
     """The model as it is now reads this process's share of `samples` once, in eval mode.
 
@@ -185,7 +189,7 @@ def read_answers(model: nn.Module, make_passes, samples, top_k: int, temperature
     with evaluation(model):
         for indices, batch, _ in make_passes(samples):
             logits = response_logits(model, **batch)
-            counts = [int((samples[i]["labels"] != -100).sum()) for i in indices]
+            counts = [response_tokens(samples[i]) for i in indices]
             parts = [entropy(logits), *coarsen(logits, top_k, temperature)]
             of_samples = zip(*(part.cpu().split(counts) for part in parts), strict=True)
             for i, (entropy_of, *answer) in zip(indices, of_samples, strict=True):
@@ -196,168 +200,6 @@ def read_answers(model: nn.Module, make_passes, samples, top_k: int, temperature
 def everywhere(gather, share: dict) -> dict:
     """The shares of all processes in one; `gather` returns what each process gave it."""
     return {key: value for part in gather(share) for key, value in part.items()}
-
-
-class SLSD:
-    """The auxiliary loss of `train_slsd_seq.py`: distils the slow branch from the probe buffer.
-
-    Life cycle: `begin_task` before a task that follows another, `aux_backward` before the
-    supervised passes of each optimizer step, `end_task` after each task.
-
-    Args:
-        model: the student; before a task's first step it is its own teacher.
-        make_passes: cuts this process's share of some samples into passes: yields (their indices,
-            arguments of `response_logits`, target tokens).
-        gather: returns what each process gave it.
-        weight: lambda, of the distillation loss in the slow branch's loss.
-        temperature, top_k: of the cached answers, see `coarsen`.
-        batch_size, every: probes distilled, every so many optimizer steps.
-        probe_size, pool_factor, threshold: the surest `probe_size` out of `pool_factor` times as
-            many samples, with entropy of at most `threshold` nats per response token.
-        seed: of the pool and of the order of distillation.
-        choice: "entropy", or "random": any `probe_size` samples.
-        branches: the branches that distillation moves, "slow" or "all".
-        forward: what answers as the student, "joint" (both branches) or "slow" alone.
-        probes: those of the "current" task, or "replay": also each earlier task's, with the answers
-            of the model that had just learned it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        make_passes,
-        gather,
-        *,
-        weight: float,
-        temperature: float,
-        top_k: int,
-        batch_size: int,
-        every: int,
-        probe_size: int,
-        pool_factor: int,
-        threshold: float,
-        seed: int,
-        choice: str = "entropy",
-        branches: str = "slow",
-        forward: str = "joint",
-        probes: str = "current",
-    ):
-        self.model, self.make_passes, self.gather = model, make_passes, gather
-        self.weight, self.temperature, self.top_k = weight, temperature, top_k
-        self.batch_size, self.every = batch_size, every
-        self.probe_size, self.pool_factor, self.threshold = probe_size, pool_factor, threshold
-        if choice == "random":
-            self.pool_factor, self.threshold = 1, math.inf
-        self.seed, self.branches, self.forward, self.probes = seed, branches, forward, probes
-        self.fast_params = branch_parameters(model, "fast")
-        self.buffer: ProbeBuffer | None = None
-        self.earlier: list[ProbeBuffer] = []
-        self.pool_entropies: list[float] = []
-
-    def begin_task(self, task: str, samples) -> None:
-        """The model as it is now reads the pool once; the surest samples become the buffer.
-
-        `samples` is a sequence of {"id", "input_ids", "labels"}. `pool_entropies` (nats per
-        response token) tells what was seen; `buffer` is None where no sample is sure enough.
-        """
-        shuffled = random.Random(f"{self.seed}/{task}/probes").sample(
-            range(len(samples)), len(samples)
-        )
-        pool = [samples[i] for i in shuffled[: self.pool_factor * self.probe_size]]
-        entropies, answers = self._read(pool)
-        entropies = everywhere(self.gather, entropies)
-        self.pool_entropies = [entropies[i] for i in range(len(pool))]
-        chosen = choose_probes(self.pool_entropies, self.threshold, self.probe_size)
-        # Every process holds the same buffer.
-        answers = everywhere(self.gather, {i: answers[i] for i in chosen if i in answers})
-        self.buffer = None
-        if chosen:
-            self.buffer = ProbeBuffer.of([pool[i] for i in chosen], [answers[i] for i in chosen])
-
-    def _read(self, samples):
-        return read_answers(self.model, self.make_passes, samples, self.top_k, self.temperature)
-
-    def _probes(self) -> list[tuple[ProbeBuffer, int]]:
-        """Every probe, in the order of distillation: sure and less sure, old and new mixed."""
-        buffers = [*self.earlier, *([self.buffer] if self.buffer else [])]
-        probes = [(buffer, i) for buffer in buffers for i in range(len(buffer))]
-        random.Random(f"{self.seed}/{len(probes)}").shuffle(probes)
-        return probes
-
-    def auxiliary_samples(self) -> list[dict]:
-        """What `aux_backward` reads during this task."""
-        return [buffer[i] for buffer, i in self._probes()]
-
-    def aux_backward(self, step: int, backward):
-        """Leaves the gradient of lambda L_KD on the slow branch, and none on the fast branch.
-
-        L_KD is the mean over the response tokens of this step's probes. Detaching the fast branch's
-        output instead would be wrong: slow gradients of lower layers flow through it.
-
-        Args:
-            step: optimizer steps of this task before this one.
-            backward: called with each part of the loss; carries loss scaling.
-
-        Returns:
-            (summed KL in nats over this process's probes, a detached scalar; response tokens of
-            all processes), or None where nothing is due.
-        """
-        if self.weight == 0 or step % self.every:
-            return None
-        probes = self._probes()
-        if not probes:
-            return None
-        # Read round and round, so that every probe is distilled equally often.
-        start = step // self.every * self.batch_size
-        size = min(self.batch_size, len(probes))
-        chosen = [probes[(start + j) % len(probes)] for j in range(size)]
-        tokens = sum(int(buffer.response_lengths[i]) for buffer, i in chosen)
-        total = torch.zeros((), device=self.fast_params[0].device)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(dropout_off(self.model))
-            if self.forward == "slow":
-                stack.enter_context(branch_off(self.model, "fast"))
-            for indices, batch, _ in self.make_passes([buffer[i] for buffer, i in chosen]):
-                logits = response_logits(self.model, **batch)
-                answers = [buffer.answers(i) for buffer, i in (chosen[j] for j in indices)]
-                teacher = [
-                    to_device(torch.cat(parts), logits.device)
-                    for parts in zip(*answers, strict=True)
-                ]
-                loss = kd_loss(logits, *teacher, self.temperature)
-                backward(self.weight / tokens * loss)
-                total = total + loss.detach()
-        if self.branches == "slow":
-            # None, not zero: AdamW moves a parameter whose gradient is zero.
-            for parameter in self.fast_params:
-                parameter.grad = None
-        return total, tokens
-
-    def end_task(self, task: str, samples) -> None:
-        """Forgets the buffer, or keeps its probes with the answers of the model as it is now."""
-        if self.probes == "replay":
-            if self.buffer:
-                probes = [self.buffer[i] for i in range(len(self.buffer))]
-                answers = everywhere(self.gather, self._read(probes)[1])
-                self.buffer = ProbeBuffer.of(probes, [answers[i] for i in range(len(probes))])
-            else:
-                # The first task, which had no previous model.
-                self.begin_task(task, samples)
-            self.earlier += [self.buffer] if self.buffer else []
-        self.buffer = None
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What `restore` needs to go on, inside a task or between two."""
-        buffers = {f"earlier_{n:04d}": buffer for n, buffer in enumerate(self.earlier)}
-        if self.buffer:
-            buffers["now"] = self.buffer
-        return pack(buffers)
-
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes up what `state` gave."""
-        buffers = unpack(tensors)
-        self.buffer = buffers.pop("now", None)
-        self.earlier = [buffers[name] for name in sorted(buffers)]
 
 
 def pack(buffers: dict[str, ProbeBuffer]) -> dict[str, torch.Tensor]:

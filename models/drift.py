@@ -3,8 +3,16 @@
 import torch
 from torch import nn
 
-from models.forward import evaluation, response_logits, to_device
-from models.answers import ProbeBuffer, everywhere, kl_divergence, pack, read_answers, unpack
+from models.answers import (
+    ProbeBuffer,
+    everywhere,
+    kl_divergence,
+    pack,
+    read_answers,
+    teacher_of_pass,
+    unpack,
+)
+from models.forward import evaluation, response_logits
 
 FIRST_TOKENS = 5
 SAMPLES = 25
@@ -17,7 +25,7 @@ class Drift:
     (Qi et al. 2024, "Safety alignment should be made more than just a few tokens deep").
 
     Args:
-        model, make_passes, gather: see `models.slsd.SLSD`.
+        model, make_passes, gather: see `methods.method.Tools`.
         top_k: classes kept of an answer.
     """
 
@@ -44,8 +52,7 @@ class Drift:
         with evaluation(self.model):
             for indices, batch, _ in self.make_passes(samples):
                 logits = response_logits(self.model, **batch)
-                answers = zip(*(buffer.answers(i) for i in indices), strict=True)
-                teacher = [to_device(torch.cat(parts), logits.device) for parts in answers]
+                teacher = teacher_of_pass([(buffer, i) for i in indices], logits.device)
                 kl = kl_divergence(logits, *teacher).double().cpu()
                 places = [torch.arange(int(buffer.response_lengths[i])) for i in indices]
                 is_first = torch.cat(places) < FIRST_TOKENS

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
+from models.forward import seed_torch
+
 BRANCHES = ("slow", "fast")
 
 
@@ -188,8 +190,9 @@ def get_lora_param_groups(model: nn.Module, lr: float, weight_decay: float) -> l
     return [{**slow, "name": "lora", "params": slow["params"] + fast["params"]}]
 
 
-def reset_branch(model: nn.Module, branch: str) -> None:
-    """Makes the branch "slow" or "fast" new in every layer, drawn from torch's CPU generator."""
+def reset_branch(model: nn.Module, branch: str, *seed) -> None:
+    """Makes the branch "slow" or "fast" new in every layer; `seed`: see `seed_torch`."""
+    seed_torch(*seed)
     for layer in ds_lora_layers(model).values():
         layer.reset_branch(branch)
 

@@ -1,10 +1,25 @@
 """What every pass over samples needs: the response's logits, its cross entropy, eval mode."""
 
 import contextlib
+import hashlib
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+# The label of a token that is not predicted: the prompt's and padding's, as in transformers.
+IGNORE = -100
+
+
+def response_tokens(sample: dict) -> int:
+    """How many tokens of a sample are supervised, its last ones, from "labels" (length,) long."""
+    return int((sample["labels"] != IGNORE).sum())
+
+
+def seed_torch(*what) -> None:
+    """Seeds torch from `what` alone: a step draws the same wherever the run started."""
+    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def response_logits(

@@ -1,6 +1,5 @@
 """A tiny random LLaMA and a tiny tokenizer, made once a session; nothing is downloaded."""
 
-import json
 import os
 from pathlib import Path
 
@@ -10,14 +9,14 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from helpers import make_model, make_rows, write_rows
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from configs.base_config import TASKS, BaseConfig
-from models.ds_lora import BRANCHES, branch_parameters, replace_with_ds_lora
+from methods import find_method, run_config
 
-ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
@@ -38,25 +37,6 @@ def pytest_configure(config):
     settings.load_profile("ours")
 
 
-def make_rows(task: str, number: int) -> list[dict]:
-    """Short arithmetic rows; a task has its own wording, so that there is something to learn."""
-    words = {"T1": "add", "T2": "sum", "T3": "def", "T4": "call", "T5": "please"}
-    lead = words[task[:2]]
-    return [
-        {
-            "instruction": f"{lead} {i} and {i + 1}",
-            "input": "" if i % 3 else f"note {i}",
-            "output": f"{lead} gives {2 * i + 1}",
-        }
-        for i in range(number)
-    ]
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     """Byte-level BPE without bos, as SmolLM2's."""
@@ -73,40 +53,6 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
-
-
-def make_model(**overrides) -> LlamaForCausalLM:
-    """4 layers, 32 wide, always the same random weights, fp32."""
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        # Larger than usual, so that random weights give answers that differ.
-        "initializer_range": 0.2,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).eval()
-
-
-def inject(model, frozen=2, **changes):
-    options = {"r": 4, "alpha": 8, "dropout": 0.0, "num_frozen_layers": frozen}
-    return replace_with_ds_lora(model, ("q_proj", "v_proj"), **{**options, **changes})
-
-
-@torch.no_grad()
-def randomise(model, seed=1):
-    """Gives both branches an effect of about the size of the base's own."""
-    generator = torch.Generator().manual_seed(seed)
-    for branch in BRANCHES:
-        for parameter in branch_parameters(model, branch):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +102,12 @@ def run_settings(model_folder, data_folder, tmp_path) -> dict:
 @pytest.fixture
 def make_config(run_settings):
     """Builds the tiny run's configuration with some fields changed."""
-    return lambda **changes: BaseConfig(**{**run_settings, **changes})
+
+    def build(**changes) -> BaseConfig:
+        method = find_method(changes.get("method", "ds_lora"))
+        return run_config(BaseConfig, method)(**{**run_settings, **changes})
+
+    return build
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import random
 
 import pytest
 import torch
-from conftest import make_model, make_rows, write_rows
+from helpers import make_model, make_rows, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from configs.base_config import UserError
+from configs.command_line import UserError
 from utils_data import (
     PASS_COST,
     InstructionDataset,

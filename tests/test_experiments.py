@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, make_rows, write_rows
-from test_scripts import errors, read
+from helpers import ROOT, errors, make_rows, read, write_rows
 
 import run_experiments
 import train_slsd_seq
-from configs.base_config import UserError, parse_config
+from configs.command_line import UserError
+from methods import parse_config
 from run_experiments import METHODS, Experiments, plan
 
 

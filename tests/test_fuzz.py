@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import inject, make_model, randomise
+from helpers import inject, make_model, randomise
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from configs.base_config import BaseConfig, UserError, parse_config
+from configs.base_config import BaseConfig
+from configs.command_line import UserError
+from methods import parse_config
 from models.ds_lora import branch_parameters, load_adapter, save_adapter
 from utils_data import KEYS, read_jsonl
 

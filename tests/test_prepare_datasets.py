@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_scripts import command, contents, errors
+from helpers import command, contents, errors
 
 import prepare_datasets
 from prepare_datasets import (

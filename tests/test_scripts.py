@@ -1,53 +1,22 @@
 """The command lines: what a run leaves behind, and what a user sees when something is wrong."""
 
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model
+from helpers import make_model
 from peft import PeftModel
 from safetensors.torch import load_file
 
 import plot_loss
 import train_single_task
 import train_slsd_seq
-from configs.base_config import TASKS, BaseConfig, UserError, parse_config
+from configs.base_config import TASKS, BaseConfig
+from configs.command_line import UserError
 from configs.smollm2_config import SmolLM2Config
 from evaluation.matrix import forgetting, loss_matrix
-
-
-def read(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def errors(capsys):
-    """Lines on stderr; asserts that each is one `error: ...` and none a traceback."""
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines and all(line.startswith("error: ") for line in lines)
-    return lines
-
-
-def contents(folder):
-    """Bytes and time of change of every file but the locks."""
-    files = (path for path in folder.rglob("[!.]*") if path.is_file())
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-
-
-def command(*argv, **env):
-    return subprocess.run(
-        [sys.executable, *argv],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
+from methods import parse_config
 
 SETTINGS = (
     "--use_toy_data --device cpu --num_frozen_layers 2 --lora_r 4 --num_epochs 1 --max_seq_len 64 "

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from configs.base_config import TASKS
 from utils_data import TOOL_LINE

@@ -21,9 +21,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from configs.base_config import UserError, num_processes
+from configs.command_line import (
+    UserError,
+    local_rank,
+    num_processes,
+    processes_here,
+    shows_progress,
+)
 from training.saving import file_sha256
-from training.processes import local_rank, processes_here, shows_progress
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

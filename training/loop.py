@@ -1,6 +1,5 @@
 """The one training loop and the evaluation."""
 
-import hashlib
 import math
 import random
 import signal
@@ -12,14 +11,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from configs.base_config import Stopped, UserError, num_processes
-from models.ds_lora import get_ds_lora_param_groups, get_lora_param_groups
-from models.forward import cross_entropy, evaluation, response_logits
-from training.saving import JsonlLog
-from utils_data import IGNORE
-from training.processes import gather, rank, shows_progress, sum_gradients, sum_over_processes
+from configs.command_line import Stopped, UserError, num_processes, rank, shows_progress
+from methods import find_method
+from methods.method import Method
+from models.forward import (
+    cross_entropy,
+    evaluation,
+    response_logits,
+    response_tokens,
+    seed_torch,
+)
+from training.passes import Passes, progress_bar
 from training.plan import count_steps
-from training.session import Session
+from training.processes import gather, sum_gradients, sum_over_processes
+from training.saving import JsonlLog
+from training.session import Journal
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -35,12 +41,6 @@ def lr_multiplier(schedule: str, warmup_ratio: float, step: int, total_steps: in
         "linear": 1 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
     }[schedule]
-
-
-def seed_torch(*what) -> None:
-    """Seeds torch from `what` alone: a step draws the same wherever the run started."""
-    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 class _Window:
@@ -152,155 +152,177 @@ class _Watch:
                 )
 
 
-def param_groups(cfg, model: nn.Module) -> list[dict]:
-    """AdamW's groups: slow and fast for DS-LoRA, one for the methods with a single LoRA."""
-    if cfg.method == "ds_lora":
-        return get_ds_lora_param_groups(model, cfg.lr_slow, cfg.lr_fast, cfg.weight_decay)[0]
-    return get_lora_param_groups(model, cfg.lr_lora, cfg.weight_decay)
-
-
 def data_order(seed: int, task: str, epoch: int, num_samples: int) -> list[int]:
     """The order in which an epoch, from 0, visits the training samples."""
     return random.Random(f"{seed}/{task}/{epoch}").sample(range(num_samples), num_samples)
 
 
-def train_task(
-    cfg,
-    session: Session,
-    task: str,
-    log: JsonlLog,
-    *,
-    aux=None,
-    stage: str | None = None,
-    on_epoch_end: Callable[[int], None] | None = None,
-) -> None:
-    """Trains the branches on `task` with one fresh AdamW.
+class TaskTraining:
+    """Trains the branches on one task with one fresh AdamW.
 
     One optimizer step takes `cfg.samples_per_step` samples; its loss is the cross entropy over
     their response tokens, summed over the passes and divided by the step's response tokens.
 
     Args:
-        aux: an auxiliary loss with `aux_backward(step, backward)`, which runs before the
-            supervised passes, leaves exactly the gradients that it wants and returns (loss sum,
-            tokens) or None.
+        method: what is done beside the supervised passes; None: nothing.
+        journal: saves the state, and gives it back where the task is resumed; None: neither.
         stage: in a sequence, written with "kd_loss" into every log line.
         on_epoch_end: called with the epoch, from 1, also where `max_steps_per_task` ends it early.
-
-    Raises UserError where a loss or gradient is not finite, before anything of it is saved.
     """
-    model, samples = session.model, session.data[task].train
-    per_epoch, total = count_steps(cfg, len(samples))
-    groups = param_groups(cfg, model)
-    optimizer = torch.optim.AdamW(groups, fused=session.device.type == "cuda")
-    scaler = torch.amp.GradScaler(session.device.type, enabled=model.dtype == torch.float16)
-    start, window, watch = 0, _Window(), _Watch(task, scaler.is_enabled())
-    if session.training:
-        (facts, parts), session.training = session.training, None
-        start, window, watch.skipped = facts["step"], _Window(facts["window"]), facts["skipped"]
-        scaler.load_state_dict(facts["scaler"])
-        load_optimizer(optimizer, parts["optimizer"])
-    # Only now: loading a state makes new groups.
-    groups = optimizer.param_groups
 
-    def save(step: int) -> None:
-        watch.check()
+    def __init__(
+        self,
+        cfg,
+        passes: Passes,
+        task: str,
+        samples,
+        log: JsonlLog,
+        *,
+        method: Method | None = None,
+        journal: Journal | None = None,
+        stage: str | None = None,
+        on_epoch_end: Callable[[int], None] | None = None,
+    ):
+        self.cfg, self.passes, self.task, self.samples, self.log = cfg, passes, task, samples, log
+        self.method, self.journal, self.stage = method, journal, stage
+        self.on_epoch_end = on_epoch_end
+        self.model = model = passes.model
+        self.steps_in_epoch, self.total = count_steps(cfg, len(samples))
+        groups = find_method(cfg.method).param_groups(cfg, model)
+        self.optimizer = torch.optim.AdamW(groups, fused=passes.device.type == "cuda")
+        is_half = model.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(passes.device.type, enabled=is_half)
+        self.start, self.window, self.watch = 0, _Window(), _Watch(task, is_half)
+        if journal and journal.training:
+            (facts, parts), journal.training = journal.training, None
+            self.start, self.window = facts["step"], _Window(facts["window"])
+            self.watch.skipped = facts["skipped"]
+            self.scaler.load_state_dict(facts["scaler"])
+            load_optimizer(self.optimizer, parts["optimizer"])
+
+    def run(self) -> None:
+        """All steps that are left.
+
+        Raises `UserError` where a loss or gradient is not finite, before anything of it is saved,
+        and `Stopped` where the run is to stop, after it was saved.
+        """
+        self.model.train()
+        order: list[int] = []
+        with _Progress(self.task, self.total, self.start) as progress:
+            for step in range(self.start, self.total):
+                epoch, position = divmod(step, self.steps_in_epoch)
+                if position == 0 or not order:
+                    order = data_order(self.cfg.seed, self.task, epoch, len(self.samples))
+                size = self.cfg.samples_per_step
+                chosen = order[position * size : (position + 1) * size]
+                self._step(step, epoch, [self.samples[i] for i in chosen], progress)
+        self.model.eval()
+
+    def _step(self, step: int, epoch: int, samples: list[dict], progress: "_Progress") -> None:
+        tokens = sum(map(response_tokens, samples))
+        self._set_rates(step)
+        try:
+            losses, passes, (aux_sum, aux_tokens) = self.passes.with_less_memory(
+                partial(self._gradients, step, samples, tokens)
+            )
+        except Stopped:
+            # The step is done again from its beginning: its gradients are not saved.
+            self._save(step)
+            raise
+        groups = self.optimizer.param_groups
+        trained = [p for group in groups for p in group["params"]]
+        wishes_to_stop = bool(self.passes.stop.received)
+        loss_sum, aux_sum, stops = sum_gradients(trained, sum(losses), aux_sum, wishes_to_stop)
+        self.scaler.unscale_(self.optimizer)
+        # Each branch by its own norm: a joint one would let distillation scale fast's update.
+        norms = [clip_grad_norm(group["params"], self.cfg.max_grad_norm) for group in groups]
+        self.watch.add(step, losses, passes, [loss_sum, aux_sum, *norms])
+        is_last = step + 1 == self.total
+        ends_epoch = (step + 1) % self.steps_in_epoch == 0 or is_last
+        logs = (step + 1) % self.cfg.logging_steps == 0 or is_last
+        # A wish of one process is told to all: none of them waits for one that has left.
+        stopping = num_processes() > 1 and stops > 0
+        saves = (step + 1) % self.cfg.save_steps == 0 or is_last or stopping
+        # Before a number goes to the disk; in between, asking would have the GPU wait.
+        if logs or saves or ends_epoch:
+            self.watch.check()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.method:
+            self.method.after_step(step)
+
+        self.window.add("loss", loss_sum, tokens)
+        self.window.add("kd", aux_sum, aux_tokens)
+        self.window.tokens["all"] += sum(len(sample["input_ids"]) for sample in samples)
+        progress.update()
+        if logs:
+            self._log(step, epoch, norms, progress)
+        pause = time.perf_counter()
+        if self.on_epoch_end and ends_epoch:
+            self.on_epoch_end(epoch + 1)
+            self.model.train()
+        if saves:
+            self._save(step + 1)
+        if stopping:
+            raise Stopped(self.passes.stop.received or signal.SIGTERM)
+        self.window.started += time.perf_counter() - pause
+
+    def _set_rates(self, step: int) -> None:
+        cfg = self.cfg
+        multiplier = lr_multiplier(cfg.lr_schedule, cfg.warmup_ratio, step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * multiplier
+
+    def _gradients(self, step: int, samples: list[dict], tokens: int):
+        """Leaves the gradients of one step; returns the losses of its passes, the ids in them, and
+        what the method adds."""
+        self.optimizer.zero_grad()
+        seed_torch(self.cfg.seed, self.task, step, *([rank()] if rank() else []))
+        aux = self.method.aux_backward(step, self._backward) if self.method else None
+        losses, passes = [], []
+        for indices, batch, targets in self.passes.make(samples):
+            loss = cross_entropy(response_logits(self.model, **batch), targets)
+            self._backward(loss / tokens)
+            losses.append(loss.detach())
+            passes.append([samples[i]["id"] for i in indices])
+        return losses, passes, aux or (0.0, 0)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def _log(self, step: int, epoch: int, norms: list, progress: "_Progress") -> None:
+        groups = self.optimizer.param_groups
+        line = {
+            "task": self.task,
+            "epoch": epoch + 1,
+            "step": step + 1,
+            **self.window.line(),
+            **{f"lr_{group['name']}": group["lr"] for group in groups},
+            **{
+                f"grad_norm_{group['name']}": norm.item() if math.isfinite(norm) else None
+                for group, norm in zip(groups, norms, strict=True)
+            },
+        }
+        if self.stage is None:
+            del line["kd_loss"]
+        else:
+            line = {"stage": self.stage, **line}
+        self.log.write(**line)
+        progress.report(line)
+        self.window = _Window()
+
+    def _save(self, step: int) -> None:
+        self.watch.check()
+        if self.journal is None:
+            return
         training = {
             "step": step,
-            "skipped": watch.skipped,
-            "window": window.state(),
-            "scaler": scaler.state_dict(),
+            "skipped": self.watch.skipped,
+            "window": self.window.state(),
+            "scaler": self.scaler.state_dict(),
         }
-        session.save(training, {"optimizer": optimizer_tensors(optimizer)})
-
-    def backward(loss):
-        scaler.scale(loss).backward()
-
-    def gradients(step: int, step_samples: list[dict], tokens: int):
-        """Leaves the gradients of one step; returns the losses of its passes and the KD loss."""
-        optimizer.zero_grad()
-        seed_torch(cfg.seed, task, step, *([rank()] if rank() else []))
-        kd = aux.aux_backward(step, backward) if aux else None
-        losses, passes = [], []
-        for indices, batch, targets in session.make_passes(step_samples):
-            loss = cross_entropy(response_logits(model, **batch), targets)
-            backward(loss / tokens)
-            losses.append(loss.detach())
-            passes.append([step_samples[i]["id"] for i in indices])
-        return losses, passes, kd or (0.0, 0)
-
-    model.train()
-    with _Progress(task, total, start) as progress:
-        for step in range(start, total):
-            epoch, position = divmod(step, per_epoch)
-            if position == 0 or step == start:
-                order = data_order(cfg.seed, task, epoch, len(samples))
-            first = position * cfg.samples_per_step
-            step_samples = [samples[i] for i in order[first : first + cfg.samples_per_step]]
-            tokens = sum(int((sample["labels"] != IGNORE).sum()) for sample in step_samples)
-            multiplier = lr_multiplier(cfg.lr_schedule, cfg.warmup_ratio, step, total)
-            for group in groups:
-                group["lr"] = group["base_lr"] * multiplier
-
-            try:
-                losses, passes, (kd_sum, kd_tokens) = session.with_less_memory(
-                    partial(gradients, step, step_samples, tokens)
-                )
-            except Stopped:
-                # The step is done again from its beginning: its gradients are not saved.
-                save(step)
-                raise
-            stop = bool(session.stop.received)
-            trained = [p for group in groups for p in group["params"]]
-            loss_sum, kd_sum, stops = sum_gradients(trained, sum(losses), kd_sum, stop)
-            scaler.unscale_(optimizer)
-            # Each branch by its own norm: a joint one would let distillation scale fast's update.
-            norms = [clip_grad_norm(group["params"], cfg.max_grad_norm) for group in groups]
-            watch.add(step, losses, passes, [loss_sum, kd_sum, *norms])
-            last, ends_epoch = step + 1 == total, position + 1 == per_epoch or step + 1 == total
-            logs = (step + 1) % cfg.logging_steps == 0 or last
-            # A wish of one process is told to all: none of them waits for one that has left.
-            stopping = num_processes() > 1 and stops > 0
-            saves = (step + 1) % cfg.save_steps == 0 or last or stopping
-            # Before a number goes to the disk; in between, asking would have the GPU wait.
-            if logs or saves or ends_epoch:
-                watch.check()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
-            window.add("loss", loss_sum, tokens)
-            window.add("kd", kd_sum, kd_tokens)
-            window.tokens["all"] += sum(len(sample["input_ids"]) for sample in step_samples)
-            progress.update()
-            if logs:
-                line = {
-                    "task": task,
-                    "epoch": epoch + 1,
-                    "step": step + 1,
-                    **window.line(),
-                    **{f"lr_{group['name']}": group["lr"] for group in groups},
-                    **{
-                        f"grad_norm_{group['name']}": norm.item() if math.isfinite(norm) else None
-                        for group, norm in zip(groups, norms, strict=True)
-                    },
-                }
-                if stage is None:
-                    del line["kd_loss"]
-                else:
-                    line = {"stage": stage, **line}
-                log.write(**line)
-                progress.report(line)
-                window = _Window()
-            pause = time.perf_counter()
-            if on_epoch_end and ends_epoch:
-                on_epoch_end(epoch + 1)
-                model.train()
-            if saves:
-                save(step + 1)
-            if stopping:
-                raise Stopped(session.stop.received or signal.SIGTERM)
-            window.started += time.perf_counter() - pause
-    model.eval()
+        self.journal.save(training, {"optimizer": optimizer_tensors(self.optimizer)})
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -321,30 +343,24 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
     optimizer.load_state_dict(state)
 
 
-def evaluate_loss(session: Session, samples, description: str = "evaluating") -> dict:
+def evaluate_loss(passes: Passes, samples, description: str = "evaluating") -> dict:
     """{"loss": nats per response token, "tokens": response tokens} of the model over `samples`.
 
     Weighted by tokens, whatever the passes and processes; the model's mode is restored.
     """
 
     def run() -> tuple[torch.Tensor, int]:
-        total, tokens = torch.zeros((), dtype=torch.float64, device=session.device), 0
-        progress = tqdm(
-            total=len(samples) // num_processes(),
-            desc=description,
-            unit="sample",
-            leave=False,
-            disable=not shows_progress(),
-        )
-        with evaluation(session.model), progress:
-            for indices, batch, targets in session.make_passes(samples):
-                logits = response_logits(session.model, **batch)
+        total, tokens = torch.zeros((), dtype=torch.float64, device=passes.device), 0
+        progress = progress_bar(len(samples), description, "sample")
+        with evaluation(passes.model), progress:
+            for indices, batch, targets in passes.make(samples):
+                logits = response_logits(passes.model, **batch)
                 total += cross_entropy(logits, targets).double()
                 tokens += len(targets)
                 progress.update(len(indices))
         return total, tokens
 
-    local = torch.tensor(session.with_less_memory(run), dtype=torch.float64)
+    local = torch.tensor(passes.with_less_memory(run), dtype=torch.float64)
     total, tokens = sum_over_processes(local).tolist()
     tokens = int(tokens)
     loss = total / tokens

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from configs.base_config import UserError, num_processes
-from utils_data import TaskData
-from training.processes import processes_here
+from configs.command_line import UserError, num_processes, processes_here
+from methods import find_method
 from training.base_model import model_dtype
+from utils_data import TaskData
 
 
 def free_host_memory() -> int:
@@ -51,12 +51,11 @@ def describe_parameters(model: nn.Module) -> str:
 
 def disk_bytes(cfg, model: nn.Module, num_tasks: int) -> int:
     """About what a run writes: checkpoints, and states of branches, AdamW and probes."""
-    branches = 4 * count_parameters(model)[0]
-    probes = cfg.probe_size_per_task * min(cfg.max_seq_len, 256) * (6 * (cfg.kd_top_k or 1000) + 12)
-    if cfg.kd_probes == "replay":
-        probes *= num_tasks
-    tokenizer = 8 * 2**20
-    return num_tasks * cfg.num_epochs * (branches + tokenizer) + 3 * (3 * branches + probes)
+    trainable, _ = count_parameters(model)
+    branches, tokenizer = 4 * trainable, 8 * 2**20
+    vocabulary = model.config.get_text_config().vocab_size
+    kept = find_method(cfg.method).kept_bytes(cfg, trainable, vocabulary, num_tasks)
+    return num_tasks * cfg.num_epochs * (branches + tokenizer) + 3 * (3 * branches + kept)
 
 
 def check_disk(cfg, model: nn.Module, num_tasks: int) -> None:

@@ -6,7 +6,6 @@ one writes. Alone, each function here does nothing.
 
 import contextlib
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -16,32 +15,7 @@ import torch.distributed as dist
 # it with the model, so it comes here, before there is a group.
 import torch.distributed.nn
 
-from configs.base_config import UserError, num_processes
-
-
-def rank() -> int:
-    """Number of this process among all of the run, from 0."""
-    return int(os.environ.get("RANK", 0))
-
-
-def local_rank() -> int:
-    """Number of this process among those on this machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def processes_here() -> int:
-    """Processes of the run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def is_first() -> bool:
-    """Whether this process writes and speaks for all."""
-    return rank() == 0
-
-
-def shows_progress() -> bool:
-    """Whether this process draws progress bars."""
-    return is_first() and sys.stderr.isatty()
+from configs.command_line import UserError, is_first, num_processes, rank
 
 
 @contextlib.contextmanager
@@ -58,6 +32,9 @@ def joined():
                 silence = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
             yield
+    except UserError as error:
+        error.is_of_process = True
+        raise
     finally:
         # After an error too: its threads would abort the process as it ends.
         dist.destroy_process_group()

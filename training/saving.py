@@ -1,6 +1,7 @@
 """What a run leaves on disk: whole files or none, one JSON object a line, states to resume from."""
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -12,8 +13,12 @@ from pathlib import Path
 
 import safetensors.torch
 
-from configs.base_config import TASKS, UserError
-from models.ds_lora import save_adapter
+from configs.base_config import NOT_RESULTS
+from configs.command_line import UserError, rank
+from methods.method import JOINT
+
+# Of what a saved state holds: another version's cannot be gone on from.
+STATE_VERSION = 2
 
 
 def file_sha256(path: str | Path) -> str:
@@ -69,7 +74,7 @@ def atomic_folder(path: str | Path):
         _sync_folder(partial)
         if path.exists():
             # Of a stage that is being done again: the state to resume from is older than it.
-            shutil.rmtree(path)
+            remove(path)
         os.rename(partial, path)
         _sync_folder(path.parent)
     finally:
@@ -155,10 +160,13 @@ class RunState:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._damaged: list[Path] = []
 
     def found(self) -> list[Path]:
         """The states, whole or not, oldest first."""
-        return sorted(self.folder.glob("state-*"))
+        names = re.compile(r"state-\d{8}-[0-9a-f]{16}")
+        here = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(path for path in here if names.fullmatch(path.name))
 
     def save(self, facts: dict, parts: dict[str, dict], keep: int = 2) -> None:
         """Writes `facts` (JSON values) and `parts` (name -> tensors) as the newest state."""
@@ -174,28 +182,33 @@ class RunState:
         with atomic_folder(self.folder / name) as folder:
             for file_name, blob in {**blobs, "manifest.json": manifest}.items():
                 (folder / file_name).write_bytes(blob)
+        # What could not be read for a moment may be whole; what is damaged never will be.
+        for damaged in self._damaged:
+            remove(damaged)
+        self._damaged = []
         for old in self.found()[:-keep]:
-            shutil.rmtree(old)
+            remove(old)
 
     def load(self) -> tuple[dict, dict[str, dict]] | None:
         """(facts, parts) of the newest whole state, or None where there is no state.
 
-        Damaged states are named and removed. Raises `UserError` where none is whole.
+        Reading removes nothing: damaged states are named, and go when a newer one is saved. Raises
+        `UserError` where none is whole.
         """
-        damaged = []
+        unread = 0
         for path in reversed(self.found()):
             try:
-                state = self._read(path)
-            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-                print(f"warning: {path} is damaged ({error}) and not used", file=sys.stderr)
-                damaged.append(path)
-                continue
-            for other in damaged:
-                shutil.rmtree(other)
-            return state
-        if damaged:
+                return self._read(path)
+            except (ValueError, KeyError, safetensors.SafetensorError) as error:
+                self._damaged.append(path)
+                fault = f"is damaged ({error})"
+            except OSError as error:
+                fault = f"cannot be read ({error})"
+            unread += 1
+            print(f"warning: {path} {fault} and not used", file=sys.stderr)
+        if unread:
             raise UserError(
-                f"{self.folder}: none of {len(damaged)} saved states is whole; put one back, or "
+                f"{self.folder}: none of {unread} saved states is whole; put one back, or "
                 "give --overwrite true to start afresh"
             )
         return None
@@ -235,7 +248,7 @@ def run_lock(folders: list[str], run_name: str):
                 raise UserError(f"{folder} cannot be written: {error.strerror}") from None
             for pattern in (f".{run_name}_*.tmp", f"{run_name}_state/.*.tmp"):
                 for left in folder.glob(pattern):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    remove(left)
         yield
 
 
@@ -245,21 +258,26 @@ def state_folder(cfg, run_name: str) -> Path:
 
 
 def _outputs(cfg, run_name: str) -> list[Path]:
-    stages = "|".join([*TASKS, "joint", r"epoch\d+"])
-    named = "" if run_name == "seq" else f"{run_name}_"
-    # The answers of a stage are no longer true of it. A folder seq_lora/ holds other runs.
-    ours = re.compile(
-        rf"{run_name}_({stages}|state)|(gen|scores|recovery)_{named}({stages})(_.*)?\.jsonl"
-    )
+    """What an earlier run left, by the exact names that the project gives; the state comes first.
+
+    So a run that is killed while they are removed is not taken for a finished one.
+    """
+    stages = "|".join(map(re.escape, [*cfg.data_paths, JOINT, "base"]))
+    if run_name == "seq":
+        logs = rf"((train|eval)_loss|router|drift|samples|scores|gen_({stages})_({stages}))\.jsonl"
+        own = rf"{run_name}_({stages}|state|{logs}|summary\.json|eval_loss\.png)"
+    else:
+        stages = rf"{run_name}_epoch\d+"
+        own = rf"{stages}|{run_name}_(state|(train|eval)_loss\.jsonl|train_loss\.png)"
+    # The answers of a stage are no longer true of it.
+    ours = re.compile(rf"{own}|(gen|scores|recovery)_({stages})(_[\w-]+)?\.jsonl")
     # Both may be one folder.
     folders = dict.fromkeys((Path(cfg.log_dir), Path(cfg.save_dir)))
     paths = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
-    found = [
-        path
-        for path in paths
-        if ours.fullmatch(path.name) or (path.name.startswith(f"{run_name}_") and path.is_file())
-    ]
-    return [path for path in found if path != state_folder(cfg, run_name) or any(path.iterdir())]
+    state = state_folder(cfg, run_name)
+    found = [path for path in paths if ours.fullmatch(path.name)]
+    found = [path for path in found if path != state or any(path.iterdir())]
+    return sorted(found, key=lambda path: path != state)
 
 
 def check_outputs(cfg, run_name: str) -> None:
@@ -275,21 +293,53 @@ def check_outputs(cfg, run_name: str) -> None:
 
 def clear_outputs(cfg, run_name: str) -> None:
     """Removes the outputs of an earlier run."""
-    # The state goes last: a run that is killed here is still known as one that can be resumed.
-    for path in sorted(_outputs(cfg, run_name), key=lambda p: p == state_folder(cfg, run_name)):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in _outputs(cfg, run_name):
+        remove(path)
 
 
-def save_checkpoint(path: str | Path, model, tokenizer, about: dict, **tensors: dict) -> None:
-    """Writes the branches of `model` as a PEFT adapter, with the tokenizer, as one atomic folder.
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all that is in it, or a link but not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
-    Args:
-        about: what `models.ds_lora.save_adapter` is told about the base model.
-        tensors: name -> tensors (by their names) of a further safetensors file.
-    """
-    with atomic_folder(path) as folder:
-        save_adapter(model, folder, **about)
-        tokenizer.save_pretrained(folder)
-        for name, of_file in tensors.items():
-            blob = safetensors.torch.save(of_file, metadata={"format": "pt"})
-            (folder / f"{name}.safetensors").write_bytes(blob)
+
+def run_identity(cfg, tasks: list[str], about_base: dict) -> dict:
+    """What makes a run the one that it is, whatever machine it is on: JSON values."""
+    config = {
+        name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_RESULTS
+    }
+    data = {f"data of {task}": file_sha256(cfg.data_path(task)) for task in tasks}
+    return {**config, **about_base, **data, "state": STATE_VERSION}
+
+
+def differences(first: dict, second: dict) -> str:
+    """What differs between two identities, in words; "" where nothing does."""
+    return ", ".join(
+        f"another {name}"
+        if "data of" in name
+        else f"{name} {first.get(name)} -> {second.get(name)}"
+        for name in {**first, **second}
+        if first.get(name) != second.get(name)
+    )
+
+
+def check_identity(folder: Path, saved: dict | None, first: dict, own: dict) -> None:
+    """Compares this process with the first one, and that with the saved state."""
+    if differing := differences(first, own):
+        raise UserError(
+            f"process {rank()} is not like the first one ({differing}): give each machine the same "
+            "files and packages"
+        )
+    if saved and saved.get("state") != STATE_VERSION:
+        raise UserError(
+            f"{folder} holds the state of another version of this program "
+            f"({saved.get('state', 1)}, this is {STATE_VERSION}): finish the run with that one, or "
+            "give --overwrite true to start afresh"
+        )
+    if saved and (differing := differences(saved, own)):
+        raise UserError(
+            f"{folder} holds the state of another run ({differing}): give --overwrite true to "
+            "start afresh, or another --save_dir and --log_dir"
+        )

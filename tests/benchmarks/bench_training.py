@@ -23,18 +23,18 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models import answers
 import train_slsd_seq
 import utils_data
-from training import loop
 from configs.base_config import BaseConfig
 from configs.smollm2_config import SmolLM2Config
 from models.ds_lora import DSLoRALinear, find_decoder_layers, replace_with_ds_lora
-from training.saving import RunState, save_checkpoint
-from utils_data import IGNORE, InstructionDataset, TaskData, read_jsonl
+from training import loop
 from training.base_model import load_model, load_tokenizer
-from training.session import Session, StopSignals, enable_checkpointing
 from training.loop import data_order, evaluate_loss, train_task
+from training.passes import StopSignals
+from training.saving import RunState, save_checkpoint
+from training.session import enable_checkpointing
+from utils_data import IGNORE, InstructionDataset, TaskData, read_jsonl
 
 TASK = "T1_general"
 LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}

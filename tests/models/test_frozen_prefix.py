@@ -5,13 +5,12 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from conftest import inject, make_model, randomise
-from test_slsd import make_samples
+from helpers import inject, make_model, make_samples, randomise
 
 from models.ds_lora import branch_parameters, load_adapter, save_adapter
 from models.forward import response_logits
 from models.frozen_prefix import FrozenPrefix
-from utils_data import make_passes
+from training.passes import make_passes
 from training.session import enable_checkpointing
 
 FAMILIES = {

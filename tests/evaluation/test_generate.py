@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import inject, make_model, make_rows, randomise, write_rows
-from test_scripts import errors, read
+from helpers import errors, inject, make_model, make_rows, randomise, read, write_rows
 
 import chat
 import evaluate_tasks
 import train_slsd_seq
+from configs.command_line import UserError
 from evaluation import generate
-from configs.base_config import UserError
+from evaluation.generate import generate, left_padded, prompt_ids
 from evaluation.questions import (
     Questions,
     benchmark_questions,
@@ -23,9 +23,8 @@ from evaluation.questions import (
     judge_math,
     score,
 )
+from training.passes import StopSignals
 from utils_data import IGNORE, InstructionDataset
-from evaluation.generate import generate, left_padded, prompt_ids
-from training.session import Session, StopSignals
 
 TASKS = ["T1_general", "T2_math", "T3_code"]
 

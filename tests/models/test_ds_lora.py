@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import inject, make_model, randomise
+from helpers import inject, make_model, randomise
 from peft import PeftModel
 from safetensors.torch import load, load_file, save_file
 from torch import nn

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import inject, make_model, randomise
+from helpers import inject, make_model, randomise
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from methods.slsd import choose_probes
+from models.answers import ProbeBuffer, coarsen, entropy, kd_loss
 from models.ds_lora import branch_parameters
 from models.forward import (
     cross_entropy,
@@ -18,39 +20,6 @@ from models.forward import (
     picked_log_probs,
     response_logits,
 )
-from models.answers import SLSD, ProbeBuffer, choose_probes, coarsen, entropy, kd_loss
-from utils_data import make_passes
-
-
-def make_samples(lengths, seed=0):
-    """Random samples; the second half of each is the response."""
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for i, length in enumerate(lengths):
-        ids = torch.randint(3, 300, (length,), generator=generator)
-        labels = ids.clone()
-        labels[: length // 2] = -100
-        samples.append({"id": f"{i:064x}", "input_ids": ids, "labels": labels})
-    return samples
-
-
-def passes(samples, tokens_per_pass=40):
-    return make_passes(samples, tokens_per_pass, pad_token_id=2, device=torch.device("cpu"))
-
-
-def make_slsd(model, **changes):
-    settings = {
-        "weight": 1.0,
-        "temperature": 1.0,
-        "top_k": 16,
-        "batch_size": 2,
-        "every": 1,
-        "probe_size": 4,
-        "pool_factor": 2,
-        "threshold": 100.0,
-        "seed": 0,
-    }
-    return SLSD(model, passes, lambda value: [value], **{**settings, **changes})
 
 
 def slow_position_kl(teacher, student):

@@ -5,9 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import inject, make_model, randomise
-from test_scripts import read
-from test_slsd import make_samples
+from helpers import inject, make_model, make_samples, randomise, read
 
 import train_slsd_seq
 from models.frozen_prefix import FrozenPrefix

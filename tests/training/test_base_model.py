@@ -11,8 +11,8 @@ import torch
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load, save_file
 
+from configs.command_line import UserError
 from training import base_model
-from configs.base_config import UserError
 from training.base_model import (
     check_model,
     describe_base,

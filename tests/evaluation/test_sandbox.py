@@ -14,8 +14,8 @@ from textwrap import dedent
 
 import pytest
 
+from configs.command_line import UserError
 from evaluation import sandbox
-from configs.base_config import UserError
 from evaluation.sandbox import DISK_MIB, PROCESSES, check_sandbox, passes_tests
 
 ROOT = Path(__file__).resolve().parents[1]

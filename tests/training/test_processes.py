@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, errors, outcome
 from safetensors.torch import load_file
-from test_resume import outcome
-from test_scripts import errors
 
 import train_slsd_seq
 from training import processes

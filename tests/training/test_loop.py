@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import inject, make_model, make_rows, randomise
+from helpers import inject, make_model, make_rows, randomise
 
 import train_slsd_seq
-from configs.base_config import UserError
+from configs.command_line import UserError
 from models.ds_lora import BRANCHES, branch_parameters, get_ds_lora_param_groups, load_adapter
-from training.saving import JsonlLog, RunState, save_checkpoint
-from utils_data import prepare_task
-from training.plan import count_steps
-from training.session import Session, StopSignals, enable_checkpointing
 from training.loop import clip_grad_norm, evaluate_loss, lr_multiplier, train_task
+from training.passes import StopSignals
+from training.plan import count_steps
+from training.saving import JsonlLog, RunState, save_checkpoint
+from training.session import enable_checkpointing
+from utils_data import prepare_task
 
 TASK = "T2_math"
 

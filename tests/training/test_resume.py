@@ -1,6 +1,5 @@
 """A run outlives kills, signals and damaged files, and ends as if nothing had happened."""
 
-import json
 import os
 import random
 import shutil
@@ -12,45 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from test_scripts import contents, errors, read
+from helpers import ROOT, contents, errors
 
 import train_single_task
 import train_slsd_seq
-from training import saving
-from training import plan
-from training import session
+from training import plan, saving, session
 from training.saving import JsonlLog, RunState, run_lock
 
-CLOCK = ("tokens_per_second", "train_seconds", "evaluate_seconds", "log_dir", "save_dir")
 # Dropout on, KD on, several passes a step and a partial last step in each task; a state falls
 # between two log lines.
 HARD = {"lora_dropout": 0.1, "tokens_per_pass": 64, "logging_steps": 2, "save_steps": 1}
 HARD |= {"num_epochs": 2, "per_device_batch_size": 1}
-
-
-def without_clock(value):
-    if isinstance(value, dict):
-        return {k: without_clock(v) for k, v in value.items() if k not in CLOCK}
-    return value
-
-
-def outcome(folder: Path) -> dict:
-    """Everything a run leaves but the clock: adapters as bytes, logs and summary as values."""
-    found = {}
-    for path in sorted(folder.rglob("[!.]*")):
-        name = str(path.relative_to(folder))
-        if path.is_dir() or "_state/" in name:
-            continue
-        if path.suffix == ".jsonl":
-            found[name] = [without_clock(line) for line in read(path)]
-        elif name.endswith("summary.json"):
-            found[name] = without_clock(json.loads(path.read_text()))
-        else:
-            found[name] = path.read_bytes()
-    left = [p for p in folder.rglob(".*") if p.name not in (".seq.lock", ".single_T2_math.lock")]
-    assert not left, left
-    return found
 
 
 @pytest.fixture
@@ -77,32 +48,6 @@ def uninterrupted(seq_flags, whole):
     if not here["log_dir"].exists():
         assert train_slsd_seq.main(seq_flags("whole", **here)) == 0
     return outcome(whole)
-
-
-class Killed(BaseException):
-    """Nothing in the program catches this."""
-
-
-def fail_at(monkeypatch, module, name, number, error=Killed):
-    """Makes the `number`-th call of module.name fail, from 0."""
-    original, calls = getattr(module, name), []
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == number + 1:
-            raise error
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, failing)
-    return calls
-
-
-def die_in_a_pass(monkeypatch, number, argv, script=train_slsd_seq):
-    """Runs the script until its `number`-th cutting of passes, which kills it."""
-    with monkeypatch.context() as patch:
-        fail_at(patch, session, "make_passes", number)
-        with pytest.raises(Killed):
-            script.main(argv)
 
 
 def kill_and_resume(argv, number, monkeypatch):
@@ -312,7 +257,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "make_passes", signalling)
+        patch.setattr(passes_module, "make_passes", signalling)
         assert train_slsd_seq.main(seq_flags("cut", save_steps=1000)) == code
     assert "the same command goes on" in capsys.readouterr().err
     assert train_slsd_seq.main(seq_flags("cut", save_steps=1000)) == 0
@@ -332,7 +277,7 @@ def test_out_of_memory_halves_the_passes_and_repeats_the_step(
             if batch["input_ids"].numel() > 60 and len(indices) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(session, "make_passes", limited)
+    monkeypatch.setattr(passes_module, "make_passes", limited)
     changes = {"lora_dropout": 0.0, "task_order": ["T2_math"], "prefix_cache_gib": 0.0}
     assert train_slsd_seq.main(seq_flags("small", **changes, tokens_per_pass=200)) == 0
     printed = capsys.readouterr().out
@@ -348,7 +293,7 @@ def test_one_sample_that_is_too_much_is_an_error_with_its_cures(seq_flags, monke
         raise torch.OutOfMemoryError("CUDA out of memory")
         yield
 
-    monkeypatch.setattr(session, "make_passes", failing)
+    monkeypatch.setattr(passes_module, "make_passes", failing)
     assert train_slsd_seq.main(seq_flags("cut", prefix_cache_gib=0.0)) == 2
     assert "--max_seq_len" in errors(capsys)[0]
 

@@ -5,7 +5,7 @@ import resource
 
 import pytest
 import torch
-from conftest import inject, make_model
+from helpers import inject, make_model
 
 from training.saving import (
     JsonlLog,

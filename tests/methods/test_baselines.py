@@ -6,15 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import inject, make_model, randomise
+from helpers import errors, inject, make_model, make_samples, make_slsd, passes, randomise, read
 from peft import LoraConfig, get_peft_model
-from test_scripts import errors, read
-from test_slsd import make_samples, make_slsd, passes
 
 import train_single_task
 import train_slsd_seq
-from training import session
 from methods.ewc import EWC, Bank, Replay
+from models.answers import kl_divergence
 from models.drift import Drift
 from models.ds_lora import (
     BRANCHES,
@@ -25,7 +23,7 @@ from models.ds_lora import (
     load_adapter,
     save_adapter,
 )
-from models.answers import kl_divergence
+from training import session
 
 
 def alone(value):
@@ -289,7 +287,7 @@ def test_the_readings_of_a_run(flags, tmp_path):
 @pytest.mark.parametrize("method", ["seq_lora", "replay", "ewc", "lwf", "bank", "joint"])
 def test_each_method_runs_and_goes_on_after_kills(method, flags, tmp_path, monkeypatch):
     """Killed in the middle of the second and of the last stage: the same numbers as in one go."""
-    from test_resume import die_in_a_pass, outcome
+    from helpers import die_in_a_pass, outcome
 
     def argv(name):
         here = {"log_dir": tmp_path / name / "logs", "save_dir": tmp_path / name / "checkpoints"}
@@ -299,7 +297,7 @@ def test_each_method_runs_and_goes_on_after_kills(method, flags, tmp_path, monke
     cuttings = []
     with monkeypatch.context() as patch:
         cut = session.make_passes
-        patch.setattr(session, "make_passes", lambda *a: cuttings.append(a) or cut(*a))
+        patch.setattr(passes_module, "make_passes", lambda *a: cuttings.append(a) or cut(*a))
         assert train_slsd_seq.main(argv("whole")) == 0
     whole = outcome(tmp_path / "whole")
     for share in (0.4, 0.4):

@@ -1,0 +1,332 @@
+"""Flags from dataclasses, errors and exit codes of the scripts, and which process this is."""
+
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import math
+import os
+import re
+import signal
+import sys
+from argparse import ArgumentDefaultsHelpFormatter
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from transformers import HfArgumentParser
+
+
+class UserError(Exception):
+    """Something the user can mend. Each line of the message names one problem and its cure.
+
+    Attributes:
+        is_of_process: raised where the processes of a run have joined: each tells its own.
+    """
+
+    is_of_process = False
+
+
+class NothingToDo(Exception):
+    """The run is over before it began, and rightly so; the message says why."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it has saved what it needs to go on."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number
+
+
+def num_processes() -> int:
+    """Processes of this run, as torchrun or accelerate launch started them."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Number of this process among all of the run, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """Number of this process among those on this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def processes_here() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this process writes and speaks for all."""
+    return rank() == 0
+
+
+def shows_progress() -> bool:
+    """Whether this process draws progress bars."""
+    return is_first() and sys.stderr.isatty()
+
+
+def knob(default, help: str, *, decides: bool = True, **bounds):
+    """A field of a `Knobs` dataclass: its default, meaning and bounds side by side.
+
+    Args:
+        default: lists, dicts and functions become default factories.
+        help: unit and meaning; "" leaves it without a flag.
+        decides: whether it changes what comes out of a run. One that does not may be another when
+            the run is resumed.
+        bounds: of a number `at_least`, `above`, `below`, `at_most`, and `or_exactly` what is
+            allowed beyond them; of a text `pattern`, (regular expression, the same in words);
+            `not_empty` of a text or list.
+    """
+    return _field(default, {"help": help, "decides": decides, "bounds": bounds})
+
+
+def _field(default, metadata) -> dataclasses.Field:
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def default_of(field: dataclasses.Field):
+    """The value that a dataclass field has where none is given."""
+    make = field.default_factory
+    return field.default if make is dataclasses.MISSING else make()
+
+
+class Knobs:
+    """Base of every dataclass with flags: checks types and bounds on construction, all at once.
+
+    A subclass changes a default with a plain `name = value`; help and bounds stay.
+    """
+
+    def __init_subclass__(cls):
+        for base in filter(dataclasses.is_dataclass, cls.__mro__[1:]):
+            for field in dataclasses.fields(base):
+                own = cls.__dict__.get("__annotations__", {})
+                if field.name in cls.__dict__ and field.name not in own:
+                    kind = get_type_hints(base)[field.name]
+                    cls.__annotations__ = {**own, field.name: kind}
+                    setattr(cls, field.name, _field(cls.__dict__[field.name], field.metadata))
+
+    def __post_init__(self):
+        problems = _wrong_types(self) or self.problems()
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def problems(self) -> list[str]:
+        """A line for each impossible value; types are right already. Subclasses add theirs."""
+        return [
+            f"{field.name} is {getattr(self, field.name)!r}: give {wanted}"
+            for field in dataclasses.fields(self)
+            if (wanted := _out_of_bounds(getattr(self, field.name), field.metadata["bounds"]))
+        ]
+
+
+def _out_of_bounds(value, bounds: dict) -> str:
+    """What should have been given, or "" where the value is within the bounds."""
+    if "pattern" in bounds:
+        expression, words = bounds["pattern"]
+        return "" if re.fullmatch(expression, value) else words
+    if isinstance(value, str | list):
+        items = [value] if isinstance(value, str) else value
+        full = items and all(str(item).strip() for item in items)
+        return "" if full or "not_empty" not in bounds else "a name"
+    if isinstance(value, bool | dict) or value == bounds.get("or_exactly"):
+        return ""
+    fits = {
+        "or_exactly": lambda limit: True,
+        "at_least": lambda limit: value >= limit,
+        "above": lambda limit: value > limit,
+        "below": lambda limit: value < limit,
+        "at_most": lambda limit: value <= limit,
+    }
+    if math.isfinite(value) and all(fits[name](limit) for name, limit in bounds.items()):
+        return ""
+    words = {
+        "or_exactly": "{},",
+        "at_least": "{} or more",
+        "above": "more than {}",
+        "below": "below {}",
+        "at_most": "at most {}",
+    }
+    told = [words[name].format(limit) for name, limit in bounds.items()]
+    return ", ".join(told).replace(",,", " or") or "a finite number"
+
+
+def _wrong_types(knobs) -> list[str]:
+    problems = []
+    for name, kind in get_type_hints(type(knobs)).items():
+        value = getattr(knobs, name)
+        if get_origin(kind) is Literal:
+            wanted = ", ".join(map(str, get_args(kind)))
+            fits = value in get_args(kind)
+        elif get_origin(kind) is list:
+            (of_items,) = get_args(kind)
+            wanted = "a list of " + {str: "names", int: "whole numbers"}.get(of_items, "values")
+            fits = isinstance(value, list) and all(type(item) is of_items for item in value)
+        else:
+            kind = get_origin(kind) or kind
+            wanted = f"a value of type {kind.__name__}"
+            # Python counts True as an int and not 1 as a float.
+            fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits:
+            problems.append(f"{name} is {value!r}: give {wanted}")
+    return problems
+
+
+class Parser(HfArgumentParser):
+    """Takes the dataclass fields that have a help text; what is wrong is a `UserError`.
+
+    Args:
+        headings: field -> the title that it stands under in the help.
+    """
+
+    def __init__(self, types=(), headings: dict[str, str] | None = None, **kwargs):
+        self._headings, self._titled = headings or {}, {}
+        super().__init__(types, allow_abbrev=False, **kwargs)
+
+    def _parse_dataclass_field(self, parser, field):
+        if not field.metadata["help"]:
+            return
+        shown = _field(default_of(field), {"help": field.metadata["help"]})
+        shown.name, shown.type = field.name, field.type
+        if title := self._headings.get(field.name):
+            if title not in self._titled:
+                self._titled[title] = self.add_argument_group(title)
+            parser = self._titled[title]
+        super()._parse_dataclass_field(parser, shown)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def parse_dataclasses(argv, *types, description: str, headings=None, extra=()) -> tuple:
+    """Instances of the `Knobs` dataclasses `types`, filled from `argv` (default: `sys.argv[1:]`).
+
+    Every field is a flag of its own name.
+
+    Args:
+        headings: field -> title in the help, for those that do not stand with the others.
+        extra: (flag, keyword arguments) of options that belong to no dataclass.
+
+    Raises `UserError` with all that is unknown, malformed or out of bounds.
+    """
+    parser = Parser(
+        types,
+        headings,
+        description=description,
+        # A fixed width keeps the help the same wherever it is printed.
+        formatter_class=lambda prog: ArgumentDefaultsHelpFormatter(prog, width=100),
+        usage="%(prog)s [--option value ...]",
+    )
+    for flag, kwargs in extra:
+        parser.add_argument(flag, **kwargs)
+    given, unknown = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see --help"
+        raise UserError(f"unknown option {unknown[0]}; {hint}")
+    instances, problems = [], []
+    for kind in types:
+        names = [field.name for field in dataclasses.fields(kind) if hasattr(given, field.name)]
+        try:
+            instances.append(kind(**{name: getattr(given, name) for name in names}))
+        except UserError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise UserError("\n".join(problems))
+    return tuple(instances)
+
+
+def value_of_option(argv: list[str], option: str) -> str | None:
+    """What follows the last `option` in `argv`; None without it. For what decides the parser."""
+    value = None
+    for i, word in enumerate(argv):
+        if word == option:
+            value = argv[i + 1] if i + 1 < len(argv) else ""
+        elif word.startswith(f"{option}="):
+            value = word.split("=", 1)[1]
+    return value
+
+
+def import_file(path: str | Path):
+    """The module in the Python file `path`; `UserError` where it cannot be imported."""
+    path = Path(path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (OSError, SyntaxError, ImportError) as error:
+        raise UserError(f"{path} cannot be imported ({error})") from error
+    return module
+
+
+def config_class(name: str) -> type[Knobs]:
+    """The dataclass in `configs/NAME_config.py`, or in the Python file `name`."""
+    folder = Path(__file__).parent
+    path = Path(name) if name.endswith(".py") else folder / f"{name}_config.py"
+    if not path.is_file() or (path.parent == folder and path.suffix != ".py"):
+        known = sorted(path.name.removesuffix("_config.py") for path in folder.glob("*_config.py"))
+        raise UserError(f"--config {name}: there is no such file; give {' or '.join(known)}")
+    if path.resolve().parent == folder:
+        module = importlib.import_module(f"configs.{path.stem}")
+    else:
+        module = import_file(path)
+    found = [
+        thing
+        for thing in vars(module).values()
+        if dataclasses.is_dataclass(thing) and thing.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise UserError(f"{path}: define one subclass of BaseConfig, not {len(found)}")
+    return found[0]
+
+
+def command_line(main):
+    """Decorates a script's `main(argv=None)`: returns its exit code.
+
+    0 done; 2 on `UserError`, which prints `error: ...` a line, and where disk or memory fail; 130
+    on Ctrl-C and 143 on SIGTERM.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            # What a terminal cannot show must not end a run.
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        try:
+            main(argv)
+        except UserError as error:
+            # Until the processes of a run have joined, each of them says the same.
+            if is_first() or error.is_of_process:
+                for line in str(error).splitlines():
+                    print(f"error: {line}", file=sys.stderr)
+            return 2
+        except NothingToDo as reason:
+            print(reason)
+        except Stopped as stop:
+            print(f"{stop}; the same command goes on from the last saved step", file=sys.stderr)
+            return stop.exit_code
+        except BrokenPipeError:
+            # Whoever read what was printed has gone, as `head` does; nor can the rest be flushed.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except (OSError, MemoryError) as error:
+            # A full disk, a folder that vanished, no memory: the user's to mend.
+            if isinstance(error, OSError) and error.errno is None:
+                raise
+            reason = str(error) or "out of memory"
+            print(f"error: {reason}; the last saved state is whole", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 0
+
+    return wrapped

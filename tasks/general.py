@@ -1,0 +1,46 @@
+"""T1: general instructions."""
+
+import re
+
+from tasks.scores import rouge_l
+from tasks.source import Sample, Source, texts
+from tasks.task import Task
+
+
+def convert_alpaca(row: dict) -> Sample:
+    """tatsu-lab/alpaca and sahil2801/CodeAlpaca-20k; many spellings of "no input" become ""."""
+    instruction, given, output = texts(row, "instruction", "input", "output")
+    # "No input", "<noinput>", "`< noinput >`.", "No input required.", "N/A" ... Signs alone stay:
+    # they are Morse code, brackets to balance, an operator to classify.
+    if re.fullmatch(r"\W*(no[\s_-]?inputs?( \w+ed)?|none|n/a)\W*", given, re.IGNORECASE):
+        given = ""
+    return Sample(instruction, given, output)
+
+
+def convert_dolly(row: dict) -> Sample:
+    """databricks/databricks-dolly-15k: context is the input; Wikipedia's citation marks go."""
+    instruction, context, response = texts(row, "instruction", "context", "response")
+    # This takes x[3] too, but not x[0]: dolly has many marks, from 1 on, and hardly any code.
+    context, response = (
+        re.sub(r"(?<=[\w.,;:)\"'])(\[[1-9]\d*\])+", "", text) for text in (context, response)
+    )
+    return Sample(instruction, context, response)
+
+
+def judge_general(row: dict, reply: str) -> dict[str, float]:
+    return {"rouge_l": rouge_l(reply, row["output"])}
+
+
+TASK = Task(
+    "T1_general",
+    judge_general,
+    primary="rouge_l",
+    sources={
+        "": [
+            Source("tatsu-lab/alpaca", convert_alpaca),
+            Source("databricks/databricks-dolly-15k", convert_dolly),
+        ]
+    },
+    # A row of one is a copy of the other's: general instructions hold code tasks too.
+    overlaps="T3_code",
+)

@@ -1,0 +1,128 @@
+"""T4: tool calling."""
+
+import json
+import re
+
+from tasks.scores import parse_calls, same_calls, same_names
+from tasks.source import Drop, Sample, Source, WrongShape, texts
+from tasks.task import Task
+
+TOOL_LINE = "You can call these functions:"
+
+
+def tool_input(schemas: list) -> str:
+    """What a tool-calling prompt says of the functions on offer; ValueError where it is no JSON."""
+    listed = json.dumps(schemas, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f"{TOOL_LINE}\n{listed}"
+
+
+def tool_sample(request: str, tools, calls, history: str = "") -> Sample:
+    """The one form of every tool-calling source: schemas in the input, a JSON list of calls out.
+
+    Without the schemas the names could not be known and memory alone would be measured.
+    """
+    if not isinstance(tools, list) or not isinstance(calls, list):
+        raise WrongShape("tools or calls are no list")
+    if not calls:
+        raise Drop("no call")
+    names = [tool.get("name") for tool in tools if isinstance(tool, dict)]
+    output = []
+    for call in calls:
+        match call:
+            case {"name": str(name), "arguments": dict(arguments)}:
+                output.append({"name": name, "arguments": arguments})
+            case _:
+                raise WrongShape("call is not readable")
+        if name not in names:
+            raise WrongShape("call of a function that is not offered")
+    try:
+        offered = tool_input(tools)
+        answer = json.dumps(output, ensure_ascii=False, allow_nan=False)
+        # An escape such as \ud83d alone decodes to what no UTF-8 file can hold.
+        (offered + answer).encode()
+    except ValueError:
+        raise WrongShape("tools or calls are no JSON") from None
+    return Sample(request, f"{offered}\n\n{history}", answer)
+
+
+def convert_xlam(row: dict) -> Sample:
+    """Salesforce/xlam-function-calling-60k: answers and tools are JSON in strings."""
+    query, answers, tools = texts(row, "query", "answers", "tools")
+    try:
+        return tool_sample(query, json.loads(tools), json.loads(answers))
+    except ValueError:
+        raise WrongShape("tools or calls are no JSON") from None
+
+
+def convert_glaive(row: dict) -> Sample:
+    """glaiveai/glaive-function-calling-v2: a dialogue's first call and the message before it.
+
+    What was said before that message of the user follows the schemas in the input.
+    """
+    system, chat = texts(row, "system", "chat")
+    call = re.search(r"<functioncall>\s*(.*?)\s*(?:<\|endoftext\|>|\Z)", chat, re.DOTALL)
+    if not call:
+        raise Drop("no call")
+    turns = re.split(r"(?:\A|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):", chat[: call.start()])
+    said = [
+        (role, text.replace("<|endoftext|>", "").strip())
+        for role, text in zip(turns[1::2], turns[2::2], strict=True)
+    ]
+    # The call's own turn may open with words to the user.
+    users = [i for i, (role, _) in enumerate(said) if role == "USER"]
+    if not users:
+        raise WrongShape("no user message before the call")
+    history = "\n".join(f"{role}: {text}" for role, text in said[: users[-1]])
+    return tool_sample(
+        said[users[-1]][1], glaive_schemas(system), [glaive_call(call.group(1))], history
+    )
+
+
+def glaive_schemas(system: str) -> list[dict]:
+    """The schemas in a system message: JSON objects that follow each other without commas."""
+    decoder, schemas, position = json.JSONDecoder(), [], system.find("{")
+    try:
+        while position >= 0:
+            schema, end = decoder.raw_decode(system, position)
+            schemas.append(schema)
+            position = system.find("{", end)
+    except ValueError:
+        raise WrongShape("schemas are not readable") from None
+    return schemas
+
+
+def glaive_call(text: str) -> dict:
+    """A call, whose arguments are JSON in single quotes: {"name": "f", "arguments": '{"a": 1}'}."""
+    parts = re.fullmatch(
+        r'\{\s*"name":\s*"([^"]*)"\s*,\s*"arguments":\s*(.*?)\s*\}', text, re.DOTALL
+    )
+    if not parts:
+        raise WrongShape("call is not readable")
+    name, arguments = parts.groups()
+    if arguments[:1] == "'" == arguments[-1:]:
+        arguments = arguments[1:-1].replace("\\'", "'")
+    try:
+        return {"name": name, "arguments": json.loads(arguments)}
+    except ValueError:
+        raise WrongShape("call is not readable") from None
+
+
+def judge_calls(row: dict, reply: str) -> dict[str, float]:
+    """Names and arguments count only where the reference holds calls as we know them."""
+    calls, reference = parse_calls(reply), parse_calls(row["output"])
+    scores = {"json": calls is not None}
+    if reference is not None:
+        scores["names"] = calls is not None and same_names(calls, reference)
+        scores["exact"] = calls is not None and same_calls(calls, reference)
+    return scores
+
+
+TASK = Task(
+    "T4_tool",
+    judge_calls,
+    primary="exact",
+    sources={
+        "glaive": [Source("glaiveai/glaive-function-calling-v2", convert_glaive)],
+        "xlam": [Source("Salesforce/xlam-function-calling-60k", convert_xlam, "dataset")],
+    },
+)
