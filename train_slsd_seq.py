@@ -17,7 +17,7 @@ from models.drift import Drift
 from training.base_model import select_device as select_device
 from training.loop import TaskTraining
 from training.plan import count_steps, visits_again
-from training.processes import gather
+from training.processes import gather, sum_over_processes
 from training.saving import JsonlLog
 from training.session import Session, set_up
 from utils_data import TaskData
@@ -63,7 +63,9 @@ def make_method(cfg, session: Session) -> Method:
     """What is done beside the supervised training of each task, as `--method` asks."""
     steps = (count_steps(cfg, len(session.data[task].train))[1] for task in cfg.task_order)
     passes = session.passes
-    tools = Tools(passes.model, passes.make, gather, num_processes(), most_steps=max(steps))
+    tools = Tools(
+        passes.model, passes.make, gather, sum_over_processes, num_processes(), max(steps)
+    )
     return find_method(cfg.method)(cfg, tools)
 
 

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from configs.command_line import Knobs, knob
-from methods.method import Method
+from methods.method import Method, Tools
 from models.ds_lora import BRANCHES, branch_parameters
 from models.forward import cross_entropy, evaluation, response_logits
+
+
+@dataclass
+class FisherKnobs(Knobs):
+    fisher_samples: int = knob(500, "most samples of a task to estimate its Fisher", at_least=1)
 
 
 @dataclass
@@ -22,40 +27,30 @@ class EWCKnobs(Knobs):
     ewc_lambda: float = knob(
         1000.0, "weight of the penalty, half the Fisher times the squared change", at_least=0
     )
-    fisher_samples: int = knob(500, "most samples of a task to estimate its Fisher", at_least=1)
 
 
-class EWC(Method):
-    knobs = (EWCKnobs,)
+class Anchor:
+    """Where both branches stood at the last task's end, and how much each number mattered."""
 
-    def __init__(self, cfg, tools):
-        super().__init__(cfg, tools)
-        self.params = [p for branch in BRANCHES for p in branch_parameters(self.model, branch)]
+    def __init__(self, cfg, tools: Tools):
+        self.cfg, self.tools, self.model = cfg, tools, tools.model
+        both = [p for branch in BRANCHES for p in branch_parameters(self.model, branch)]
+        self.params = [p for p in both if p.requires_grad]
         self.fisher: list[torch.Tensor] = []
-        self.anchor: list[torch.Tensor] = []
-
-    @classmethod
-    def kept_bytes(cls, cfg, trainable, vocabulary, num_tasks):
-        return 2 * 4 * trainable
+        self.values: list[torch.Tensor] = []
 
     def penalty(self) -> torch.Tensor:
-        """ewc_lambda / 2 sum_j F_j (theta_j - theta*_j)^2, a scalar."""
-        terms = zip(self.fisher, self.params, self.anchor, strict=True)
-        return self.cfg.ewc_lambda / 2 * sum((f * (p - a) ** 2).sum() for f, p, a in terms)
+        """1/2 sum_j F_j (theta_j - theta*_j)^2, a scalar; this process's share of it."""
+        terms = zip(self.fisher, self.params, self.values, strict=True)
+        # Gradients are summed over the processes later on.
+        return sum((f * (p - a) ** 2).sum() for f, p, a in terms) / (2 * self.tools.processes)
 
-    def aux_backward(self, step, backward):
-        if self.fisher:
-            # Gradients are summed over the processes later on.
-            backward(self.penalty() / self.tools.processes)
-
-    def end_task(self, task, samples, is_last):
-        if is_last:
-            return
+    def renew(self, task: str, samples) -> None:
+        """After a task: adds its Fisher, and anchors the branches where they are now."""
         before = self.fisher or [torch.zeros_like(p) for p in self.params]
-        self.fisher = [
-            old + new for old, new in zip(before, self.estimate(task, samples), strict=True)
-        ]
-        self.anchor = [p.detach().clone() for p in self.params]
+        new = self.estimate(task, samples)
+        self.fisher = [old + of_task for old, of_task in zip(before, new, strict=True)]
+        self.values = [p.detach().clone() for p in self.params]
 
     def estimate(self, task: str, samples) -> list[torch.Tensor]:
         """The diagonal Fisher of `task`, a tensor for each parameter, the same in all processes."""
@@ -78,12 +73,42 @@ class EWC(Method):
         parts = zip(*(of_process for of_process, _ in everyone), strict=True)
         return [sum(of_p).to(p.device) / tokens for of_p, p in zip(parts, self.params, strict=True)]
 
-    def state(self):
-        names = {"fisher": self.fisher, "anchor": self.anchor}
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `restore` takes up."""
+        names = {"fisher": self.fisher, "anchor": self.values}
         return {f"{n}.{i:04d}": t.cpu() for n, ts in names.items() for i, t in enumerate(ts)}
 
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes up what `state` gave."""
+
+        def part(name: str) -> list[torch.Tensor]:
+            keys = sorted(key for key in tensors if key.startswith(f"{name}."))
+            return [tensors[k].to(p.device) for k, p in zip(keys, self.params, strict=False)]
+
+        self.fisher, self.values = part("fisher"), part("anchor")
+
+
+class EWC(Method):
+    knobs = (EWCKnobs, FisherKnobs)
+
+    def __init__(self, cfg, tools):
+        super().__init__(cfg, tools)
+        self.anchor = Anchor(cfg, tools)
+
+    @classmethod
+    def kept_bytes(cls, cfg, trainable, vocabulary, num_tasks):
+        return 2 * 4 * trainable
+
+    def aux_backward(self, step, backward):
+        if self.anchor.fisher and self.cfg.ewc_lambda:
+            backward(self.cfg.ewc_lambda * self.anchor.penalty())
+
+    def end_task(self, task, samples, is_last):
+        if not is_last:
+            self.anchor.renew(task, samples)
+
+    def state(self):
+        return self.anchor.state()
+
     def restore(self, tensors):
-        for name in ("fisher", "anchor"):
-            keys = sorted(key for key in tensors if key.startswith(name))
-            of_name = [tensors[k].to(p.device) for k, p in zip(keys, self.params, strict=False)]
-            setattr(self, name, of_name)
+        self.anchor.restore(tensors)

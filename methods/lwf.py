@@ -13,6 +13,7 @@ from methods.slsd import SLSD
 
 class LwF(SLSD):
     name = "lwf"
+    knobs = ()
     uses = ("lr_lora", "kd_lambda", "kd_temperature", "kd_top_k", "kd_batch_size", "kd_every")
     is_one_lora = True
     readings = Method.readings
@@ -23,6 +24,7 @@ class LwF(SLSD):
         cfg = copy.copy(cfg)
         vars(cfg).update(
             use_slsd=True,
+            consolidate="none",
             fast_init="continue",
             kd_branches="all",
             kd_forward="joint",

@@ -22,6 +22,7 @@ class Tools:
         make_passes: cuts this process's share of some samples into passes: yields (their indices,
             arguments of `response_logits`, target tokens).
         gather: returns what each process gave it, by rank.
+        add_up: the sum of a tensor over all processes.
         processes: how many share the samples.
         most_steps: optimizer steps of the longest task.
     """
@@ -29,6 +30,7 @@ class Tools:
     model: nn.Module
     make_passes: Callable
     gather: Callable
+    add_up: Callable
     processes: int = 1
     most_steps: int = 0
 
@@ -107,6 +109,9 @@ class Method:
 
         Returns (summed loss of this process in nats, tokens of all processes) for the log, or None.
         """
+
+    def after_backward(self, step: int) -> None:
+        """Before clipping and the optimizer's step: may change the gradients, which are summed."""
 
     def after_step(self, step: int) -> None:
         """After the optimizer's step."""

@@ -11,6 +11,7 @@ import random
 
 import torch
 
+from methods.folding import ConsolidationKnobs, Folding
 from methods.method import Method
 from models.answers import (
     ProbeBuffer,
@@ -43,6 +44,7 @@ class SLSD(Method):
     """
 
     name = "ds_lora"
+    knobs = (ConsolidationKnobs,)
     uses = (
         *("lr_slow", "lr_fast", "fast_init", "use_slsd", "kd_lambda", "kd_temperature"),
         *("kd_top_k", "kd_batch_size", "kd_every", "kd_branches", "kd_forward", "kd_probes"),
@@ -57,11 +59,14 @@ class SLSD(Method):
         # The probes of the earlier tasks too, for the slow branch or for both.
         "slsd_replay": REPLAYED,
         "slsd_replay_all": {**REPLAYED, "kd_branches": "all"},
+        # Nothing of the old data is kept.
+        "consolidated": {"use_slsd": False, "consolidate": "gram"},
     }
 
     def __init__(self, cfg, tools):
         super().__init__(cfg, tools)
         self.fast_params = branch_parameters(self.model, "fast")
+        self.folding = Folding(cfg, tools)
         self.buffer: ProbeBuffer | None = None
         self.earlier: list[ProbeBuffer] = []
         self.pool_entropies: list[float] = []
@@ -75,16 +80,22 @@ class SLSD(Method):
         return buffers * tokens * (6 * (cfg.kd_top_k or vocabulary) + 12)
 
     @property
+    def distils(self) -> bool:
+        """Whether something that distillation moves is trained."""
+        return self.cfg.use_slsd and (not self.folding.is_on or self.cfg.kd_branches == "all")
+
+    @property
     def probes(self):
         return self.buffer
 
     def read_task(self, task, samples, previous):
-        if not previous or not self.cfg.use_slsd:
+        if not previous or not self.distils:
             return ""
         self.read_pool(task, samples)
         return self.describe(task)
 
     def begin_task(self, task, samples, previous):
+        self.folding.begin_task(task, previous)
         if self.cfg.fast_init == "fresh":
             # After the probes were read: their teacher is the whole model of the last stage.
             reset_branch(self.model, "fast", self.cfg.seed, task, "fast branch")
@@ -169,8 +180,12 @@ class SLSD(Method):
         return total, tokens
 
     def end_task(self, task, samples, is_last):
-        """Forgets the buffer, or keeps its probes with the answers of the model as it is now."""
-        if self.cfg.use_slsd and self.cfg.kd_probes == "replay" and not is_last:
+        """Folds fast into slow where that is asked for, and forgets the buffer.
+
+        Or keeps its probes with the answers of the model as it is now.
+        """
+        self.folding.end_task(task, samples)
+        if self.distils and self.cfg.kd_probes == "replay" and not is_last:
             if self.buffer:
                 probes = [self.buffer[i] for i in range(len(self.buffer))]
                 answers = everywhere(self.tools.gather, self._read(probes)[1])
@@ -185,9 +200,9 @@ class SLSD(Method):
         buffers = {f"earlier_{n:04d}": buffer for n, buffer in enumerate(self.earlier)}
         if self.buffer:
             buffers["now"] = self.buffer
-        return pack(buffers)
+        return {**pack(buffers), **self.folding.state()}
 
     def restore(self, tensors):
-        buffers = unpack(tensors)
+        buffers = unpack(self.folding.restore(tensors))
         self.buffer = buffers.pop("now", None)
         self.earlier = [buffers[name] for name in sorted(buffers)]

@@ -83,6 +83,20 @@ class DSLoRALinear(nn.Module):
         """(A (r, in_features), B (out_features, r)) of the branch "slow" or "fast", fp32."""
         return getattr(self, f"lora_A_{name}"), getattr(self, f"lora_B_{name}")
 
+    @torch.no_grad()
+    def set_branch(self, name: str, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Gives the branch the values A (rank, in_features) and B (out_features, rank).
+
+        Another rank makes new parameters: an optimizer that holds the old ones is of no use then.
+        """
+        for matrix, value in (("A", A), ("B", B)):
+            old = getattr(self, f"lora_{matrix}_{name}")
+            if old.shape == value.shape:
+                old.copy_(value)
+            else:
+                new = nn.Parameter(value.to(old).clone(), requires_grad=old.requires_grad)
+                setattr(self, f"lora_{matrix}_{name}", new)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) in fp32, bf16 or fp16 -> (..., out_features) in the same dtype."""
         y = self.base_layer(x)
@@ -164,10 +178,12 @@ def branch_parameters(model: nn.Module, branch: str) -> list[nn.Parameter]:
 def get_ds_lora_param_groups(model: nn.Module, lr_slow: float, lr_fast: float, weight_decay: float):
     """(optim_groups, slow_params, fast_params) for one AdamW with two rates.
 
-    The groups are disjoint and together hold every trainable parameter. Each keeps its own rate
-    under "base_lr" too, for a schedule to multiply.
+    The groups are disjoint and together hold every trainable parameter; a branch that is not
+    trained has none. Each keeps its own rate under "base_lr" too, for a schedule to multiply.
     """
-    slow, fast = (branch_parameters(model, branch) for branch in BRANCHES)
+    slow, fast = (
+        [p for p in branch_parameters(model, branch) if p.requires_grad] for branch in BRANCHES
+    )
     grouped = {id(p) for p in slow} | {id(p) for p in fast}
     assert len(grouped) == len(slow) + len(fast), "a parameter is in both groups"
     assert grouped == {id(p) for p in model.parameters() if p.requires_grad}, (
@@ -176,18 +192,25 @@ def get_ds_lora_param_groups(model: nn.Module, lr_slow: float, lr_fast: float, w
     groups = [
         {"name": name, "params": params, "lr": lr, "base_lr": lr, "weight_decay": weight_decay}
         for name, params, lr in (("slow", slow, lr_slow), ("fast", fast, lr_fast))
+        if params
     ]
     return groups, slow, fast
 
 
 def get_lora_param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
-    """Both branches as one AdamW group.
+    """What is trained of both branches as one AdamW group.
 
     At one rate they are a single LoRA of rank 2r: each is scaled by alpha / r, and AdamW treats
     every number by itself.
     """
-    (slow, fast), *_ = get_ds_lora_param_groups(model, lr, lr, weight_decay)
-    return [{**slow, "name": "lora", "params": slow["params"] + fast["params"]}]
+    groups, slow, fast = get_ds_lora_param_groups(model, lr, lr, weight_decay)
+    return [{**groups[0], "name": "lora", "params": slow + fast}]
+
+
+def freeze_branch(model: nn.Module, branch: str) -> None:
+    """Leaves the branch "slow" or "fast" as it is: nothing of it is trained."""
+    for parameter in branch_parameters(model, branch):
+        parameter.requires_grad_(False)
 
 
 def reset_branch(model: nn.Module, branch: str, *seed) -> None:
@@ -197,17 +220,39 @@ def reset_branch(model: nn.Module, branch: str, *seed) -> None:
         layer.reset_branch(branch)
 
 
+def branch_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of both branches on the CPU, "branch.number" -> tensor, bottom up, A before B."""
+    return {
+        f"{branch}.{i:04d}": parameter.detach().cpu().clone()
+        for branch in BRANCHES
+        for i, parameter in enumerate(branch_parameters(model, branch))
+    }
+
+
+def set_branch_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Takes up what `branch_tensors` gave, whatever its ranks."""
+    for i, layer in enumerate(ds_lora_layers(model).values()):
+        for branch in BRANCHES:
+            parts = (tensors[f"{branch}.{number:04d}"] for number in (2 * i, 2 * i + 1))
+            layer.set_branch(branch, *parts)
+
+
 @contextlib.contextmanager
 def branches_restored(model: nn.Module):
     """Within the block the branches may be written to; afterwards they are what they were."""
-    parameters = [p for branch in BRANCHES for p in branch_parameters(model, branch)]
-    before = [p.detach().clone() for p in parameters]
+    before = branch_tensors(model)
+    # The parameters themselves too: a branch of another rank takes the place of one.
+    parameters = {
+        (layer, name): parameter
+        for layer in ds_lora_layers(model).values()
+        for name, parameter in layer.named_parameters(recurse=False)
+    }
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
+        for (layer, name), parameter in parameters.items():
+            setattr(layer, name, parameter)
+        set_branch_tensors(model, before)
 
 
 @contextlib.contextmanager
@@ -224,9 +269,9 @@ def branch_off(model: nn.Module, branch: str):
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_facts) -> None:
-    """Writes both branches into `folder` as one PEFT LoRA of rank 2r.
+    """Writes both branches into `folder` as one PEFT LoRA of rank 2r, or more where slow has grown.
 
-    A = [A_s; A_f], B = [B_s, B_f], lora_alpha = 2 alpha: PEFT's scale 2 alpha / 2 r is ours.
+    A = [A_s; A_f], B = [B_s, B_f], lora_alpha = alpha rank / r: PEFT's scale alpha / r is ours.
     `adapter_model.safetensors` and `adapter_config.json` are PEFT's; `ds_lora.json` says how to cut
     them back and what the base was.
 
@@ -236,6 +281,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_f
     """
     folder, layers = Path(folder), ds_lora_layers(model)
     first = next(iter(layers.values()))
+    r_slow = len(first.lora_A_slow)
+    rank = r_slow + first.r
     stack_name, decoder = find_decoder_layers(model)
     indices = sorted({int(name.removeprefix(stack_name + ".").split(".")[0]) for name in layers})
     tensors = {}
@@ -250,8 +297,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_f
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": 2 * first.r,
-        "lora_alpha": 2 * first.alpha,
+        "r": rank,
+        "lora_alpha": first.alpha * rank // first.r,
         "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers}),
         "layers_to_transform": indices,
         "layers_pattern": stack_name.rsplit(".", 1)[-1],
@@ -260,8 +307,9 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_f
         "inference_mode": True,
     }
     ds_lora = {
-        "layout": "lora_A rows and lora_B columns: slow is the first r, fast the last r",
+        "layout": "lora_A rows and lora_B columns: slow is the first r_slow, fast the last r",
         "r": first.r,
+        "r_slow": r_slow,
         "alpha": first.alpha,
         "num_layers": len(decoder),
         "base_model": base_model,
@@ -275,20 +323,22 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_f
 def load_adapter(model: nn.Module, folder: str | Path, branches=BRANCHES) -> None:
     """Reads what `save_adapter` wrote into `branches` of `model`.
 
-    Raises ValueError, before anything is changed, where a file is missing or damaged, or where
-    rank, scale, layers or shapes are not those of `model`.
+    The slow branch gets the rank that was saved. Raises ValueError, before anything is changed,
+    where a file is missing or damaged, or where rank, scale, layers or shapes are not those of
+    `model`.
     """
     folder, layers = Path(folder), ds_lora_layers(model)
     try:
         settings = json.loads((folder / "ds_lora.json").read_text(encoding="utf-8"))
         tensors = load((folder / "adapter_model.safetensors").read_bytes())
         found = {"r": settings["r"], "alpha": settings["alpha"]}
+        r_slow = int(settings.get("r_slow", settings["r"]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a whole DS-LoRA checkpoint: {error!r}") from error
     expected = {}
     for name, layer in layers.items():
-        expected[_key(name, "A")] = (2 * layer.r, layer.base_layer.in_features)
-        expected[_key(name, "B")] = (layer.base_layer.out_features, 2 * layer.r)
+        expected[_key(name, "A")] = (r_slow + layer.r, layer.base_layer.in_features)
+        expected[_key(name, "B")] = (layer.base_layer.out_features, r_slow + layer.r)
     problems = [
         f"its {key} is {found[key]}, the model's {getattr(layer, key)}"
         for layer in list(layers.values())[:1]
@@ -310,12 +360,9 @@ def load_adapter(model: nn.Module, folder: str | Path, branches=BRANCHES) -> Non
         raise ValueError(f"{folder} does not fit the model: {'; '.join(problems)}")
     for name, layer in layers.items():
         A, B = tensors[_key(name, "A")], tensors[_key(name, "B")]
-        for i, branch in enumerate(BRANCHES):
-            if branch not in branches:
-                continue
-            part = slice(i * layer.r, (i + 1) * layer.r)
-            layer.branch(branch)[0].copy_(A[part])
-            layer.branch(branch)[1].copy_(B[:, part])
+        for branch, part in (("slow", slice(r_slow)), ("fast", slice(r_slow, None))):
+            if branch in branches:
+                layer.set_branch(branch, A[part], B[:, part])
 
 
 def _key(layer_name: str, matrix: str) -> str:

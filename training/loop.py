@@ -234,6 +234,8 @@ class TaskTraining:
         wishes_to_stop = bool(self.passes.stop.received)
         loss_sum, aux_sum, stops = sum_gradients(trained, sum(losses), aux_sum, wishes_to_stop)
         self.scaler.unscale_(self.optimizer)
+        if self.method:
+            self.method.after_backward(step)
         # Each branch by its own norm: a joint one would let distillation scale fast's update.
         norms = [clip_grad_norm(group["params"], self.cfg.max_grad_norm) for group in groups]
         self.watch.add(step, losses, passes, [loss_sum, aux_sum, *norms])

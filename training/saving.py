@@ -199,7 +199,7 @@ class RunState:
         for path in reversed(self.found()):
             try:
                 return self._read(path)
-            except (ValueError, KeyError, safetensors.SafetensorError) as error:
+            except (ValueError, KeyError, FileNotFoundError, safetensors.SafetensorError) as error:
                 self._damaged.append(path)
                 fault = f"is damaged ({error})"
             except OSError as error:
@@ -262,14 +262,14 @@ def _outputs(cfg, run_name: str) -> list[Path]:
 
     So a run that is killed while they are removed is not taken for a finished one.
     """
-    stages = "|".join(map(re.escape, [*cfg.data_paths, JOINT, "base"]))
+    stages = "|".join(map(re.escape, [*cfg.data_paths, JOINT]))
     if run_name == "seq":
-        logs = rf"((train|eval)_loss|router|drift|samples|scores|gen_({stages})_({stages}))\.jsonl"
+        logs = rf"((train|eval)_loss|router|drift|samples|scores|gen_(base|{stages})_({stages}))\.jsonl"
         own = rf"{run_name}_({stages}|state|{logs}|summary\.json|eval_loss\.png)"
     else:
         stages = rf"{run_name}_epoch\d+"
         own = rf"{stages}|{run_name}_(state|(train|eval)_loss\.jsonl|train_loss\.png)"
-    # The answers of a stage are no longer true of it.
+    # The answers of a stage are no longer true of it; those of the base are.
     ours = re.compile(rf"{own}|(gen|scores|recovery)_({stages})(_[\w-]+)?\.jsonl")
     # Both may be one folder.
     folders = dict.fromkeys((Path(cfg.log_dir), Path(cfg.save_dir)))

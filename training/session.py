@@ -12,11 +12,11 @@ from torch import nn
 
 from configs.command_line import NothingToDo, UserError, is_first, num_processes
 from models.ds_lora import (
-    BRANCHES,
-    branch_parameters,
+    branch_tensors,
     find_decoder_layers,
     replace_with_ds_lora,
     save_adapter,
+    set_branch_tensors,
 )
 from training.base_model import (
     check_device,
@@ -117,11 +117,7 @@ class Journal:
 
     def save(self, training: dict | None = None, parts: dict | None = None) -> None:
         """Saves the branches, the position and, inside a task, what the loop needs to go on."""
-        branches = {
-            f"{branch}.{i:04d}": parameter.detach().cpu().contiguous()
-            for branch in BRANCHES
-            for i, parameter in enumerate(branch_parameters(self.passes.model, branch))
-        }
+        branches = branch_tensors(self.passes.model)
         attached = {name: thing.state() for name, thing in self._attached.items()}
         self._save(training, {"branches": branches, **attached, **(parts or {})})
 
@@ -147,12 +143,9 @@ class Journal:
         }
         self._state.save(facts, parts, keep)
 
-    @torch.no_grad()
     def resume(self, facts: dict, parts: dict) -> None:
         """Takes up what `save` wrote."""
-        for branch in BRANCHES:
-            for i, parameter in enumerate(branch_parameters(self.passes.model, branch)):
-                parameter.copy_(parts["branches"][f"{branch}.{i:04d}"])
+        set_branch_tensors(self.passes.model, parts["branches"])
         self.position, self._log_sizes = facts["position"], facts["logs"]
         self._resumed_parts = parts
         if facts["training"]:

@@ -1,0 +1,103 @@
+"""I-LoRA: a slow copy of the LoRA follows the one that learns, and holds its hidden states.
+
+L = (L_sup + CE(kept)) / 2 + ilora_weight mean (h_fast - h_slow)^2 on kept samples, over the outputs
+of the layers with branches and the numbers in which h_fast < h_slow; after each step
+slow <- a slow + (1 - a) fast with a = min(1 - 1 / (step + 1), ilora_decay) (Ren et al. 2024,
+"Analyzing and reducing catastrophic forgetting in parameter efficient tuning", with the weights and
+the one-sided difference of its published code). The model that is evaluated is the one that learns,
+as there. L_sup is not halved here, so that all methods learn a task at the same rate: the other
+terms are doubled instead.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from configs.command_line import Knobs, knob
+from methods.memory import MemoryKnobs, draw
+from methods.replay import Replay
+from models.ds_lora import BRANCHES, branch_parameters, ds_lora_layers, find_decoder_layers
+from models.forward import cross_entropy, response_logits, response_tokens
+
+
+@dataclass
+class ILoRAKnobs(Knobs):
+    ilora_weight: float = knob(1.0, "weight of the hidden states' difference", at_least=0)
+    ilora_decay: float = knob(
+        0.25, "what the slow copy keeps of itself at a step", at_least=0, below=1
+    )
+
+
+class ILoRA(Replay):
+    knobs = (ILoRAKnobs, MemoryKnobs)
+
+    def __init__(self, cfg, tools):
+        super().__init__(cfg, tools)
+        self.params = [p for branch in BRANCHES for p in branch_parameters(self.model, branch)]
+        self.slow_copy = [p.detach().clone() for p in self.params]
+        decoder = find_decoder_layers(self.model)[1]
+        with_branches = list(ds_lora_layers(self.model).values())
+        self.layers = [
+            layer for layer in decoder if any(m in with_branches for m in layer.modules())
+        ]
+
+    def aux_backward(self, step, backward):
+        if not self.samples:
+            return
+        chosen = [self.samples[i] for i in draw(self.cfg, self.samples, step)]
+        tokens = sum(map(response_tokens, chosen))
+        for _, batch, targets in self.tools.make_passes(chosen):
+            with torch.no_grad(), self.slow_copy_in_place():
+                _, slow = self.read(batch)
+            logits, fast = self.read(batch)
+            apart = [
+                torch.where(f < s, f - s, 0.0).square().mean(-1).sum()
+                for f, s in zip(fast, slow, strict=True)
+            ]
+            hidden = sum(apart) / len(apart)
+            backward((cross_entropy(logits, targets) + 2 * self.cfg.ilora_weight * hidden) / tokens)
+
+    def read(self, batch: dict):
+        """Logits, and the outputs of the layers with branches, at the response's positions."""
+        hidden = []
+
+        def keep(_, args, output):
+            output = output[0] if isinstance(output, tuple) else output
+            hidden.append(output.flatten(0, 1)[batch["positions"]].float())
+
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                stack.callback(layer.register_forward_hook(keep).remove)
+            return response_logits(self.model, **batch), hidden
+
+    @contextlib.contextmanager
+    def slow_copy_in_place(self):
+        """Within the block the model has the slow copy's weights."""
+        live = [p.detach().clone() for p in self.params]
+        try:
+            self._write(self.slow_copy)
+            yield
+        finally:
+            self._write(live)
+
+    @torch.no_grad()
+    def _write(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.params, values, strict=True):
+            parameter.copy_(value)
+
+    @torch.no_grad()
+    def after_step(self, step):
+        decay = min(1 - 1 / (step + 1), self.cfg.ilora_decay)
+        for slow, live in zip(self.slow_copy, self.params, strict=True):
+            slow.mul_(decay).add_(live, alpha=1 - decay)
+
+    def state(self):
+        slow = {f"slow.{i:04d}": tensor.cpu() for i, tensor in enumerate(self.slow_copy)}
+        return {**super().state(), **slow}
+
+    def restore(self, tensors):
+        slow = sorted(key for key in tensors if key.startswith("slow."))
+        for copy, key in zip(self.slow_copy, slow, strict=True):
+            copy.copy_(tensors[key])
+        super().restore({k: v for k, v in tensors.items() if not k.startswith("slow.")})

@@ -1,0 +1,40 @@
+"""Kept samples of earlier tasks: what every method that replays shares."""
+
+import random
+from dataclasses import dataclass
+
+from configs.command_line import Knobs, knob
+from models.answers import PackedSamples
+from models.forward import cross_entropy, response_logits, response_tokens
+
+
+@dataclass
+class MemoryKnobs(Knobs):
+    memory_per_task: float = knob(
+        0.02, "samples of each earlier task that are kept; below 1: its share of them", above=0
+    )
+    memory_batch_size: int = knob(4, "kept samples that are read again at each step", at_least=1)
+
+
+def choose_kept(cfg, task: str, samples) -> list[dict]:
+    """The samples of `task` that are kept, the same for every method and at least one."""
+    size = cfg.memory_per_task
+    size = int(size) if size >= 1 else round(size * len(samples))
+    size = min(max(1, size), len(samples))
+    order = random.Random(f"{cfg.seed}/{task}/replay").sample(range(len(samples)), size)
+    # What a restored state gives, and nothing else: before and after a resume they are alike.
+    return list(PackedSamples.build([samples[i] for i in order]))
+
+
+def draw(cfg, samples: list, step: int, what: str = "") -> list[int]:
+    """The numbers of the kept samples that are read at `step`."""
+    order = random.Random(f"{cfg.seed}/{len(samples)}/{step}{what}")
+    return order.sample(range(len(samples)), min(cfg.memory_batch_size, len(samples)))
+
+
+def learn_again(model, make_passes, samples: list[dict], backward, weight: float = 1.0) -> None:
+    """Leaves the gradient of `weight` times the mean cross entropy of the response tokens."""
+    tokens = sum(map(response_tokens, samples))
+    for _, batch, targets in make_passes(samples):
+        loss = cross_entropy(response_logits(model, **batch), targets)
+        backward(weight * loss / tokens)
