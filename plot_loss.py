@@ -1,6 +1,6 @@
 """Draws the loss curves of a run from its logs, or compares runs.
 
-python plot_loss.py single T2_math       logs/single_T2_math_train_loss.png
+python plot_loss.py single TASK          logs/single_TASK_train_loss.png
 python plot_loss.py seq                  logs/seq_eval_loss.png
 python plot_loss.py compare RUN [RUN ..] logs/compare.md, .png and .pdf; RUN: log folder of a run
 """

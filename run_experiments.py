@@ -24,6 +24,8 @@ VARIANTS = {
     for method in METHODS.values()
     for name, settings in (method.variants or {method.name: {}}).items()
 }
+# What tells one run of a method from another, and where it goes.
+RESERVED = {"seed", "task_order", "log_dir", "save_dir", "method", "config", "overwrite", "dry_run"}
 NUMBERED = list(TASKS)
 DIGITS = "".join(str(number) for number in range(1, len(NUMBERED) + 1))
 
@@ -87,7 +89,14 @@ def plan(cfg, experiments, argv) -> list[Experiment]:
         if name not in VARIANTS:
             problems.append(f"--methods {name}: give some of {', '.join(VARIANTS)}")
             continue
-        settings = VARIANTS[name] | dict(setting.partition("=")[::2] for setting in own)
+        own = dict(setting.partition("=")[::2] for setting in own)
+        if taken := RESERVED & own.keys():
+            problems.append(
+                f"--methods {entry}: {', '.join(sorted(taken))} is set for all runs: give it as an "
+                "option of its own"
+            )
+            continue
+        settings = VARIANTS[name] | own
         common = flags_for(cfg, settings["method"], argv)
         for order in orders:
             tasks = [NUMBERED[int(digit) - 1] for digit in order if digit in DIGITS]

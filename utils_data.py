@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,46 +16,30 @@ from configs.command_line import UserError, shows_progress
 from models.forward import IGNORE
 
 KEYS = ("instruction", "input", "output")
+# Of max_seq_len, what a prompt keeps beside a response that is too long: one part in four.
+PROMPT_SHARE = 4
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, str]]:
     """Rows {"instruction", "input", "output"} of a UTF-8 file with one JSON object a line.
 
-    A byte-order mark, CRLF line ends and blank lines are fine. Raises `UserError` with file, line
-    and fault.
+    A byte-order mark, CRLF line ends and blank lines are fine, and null is "". Other columns are
+    named once on stderr and left out. Raises `UserError` with file, line and fault.
     """
-    rows = []
+    rows, ignored = [], {}
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path} is no file: give a file with one JSON object a line")
         with open(path, "rb") as file:
+            _refuse_other_formats(path, file.read(4096))
+            file.seek(0)
             for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    row = json.loads(text) if text.strip() else None
-                except UnicodeDecodeError:
-                    raise UserError(f"{where}: not UTF-8; save the file as UTF-8") from None
-                except (ValueError, RecursionError) as error:
-                    raise UserError(
-                        f"{where}: not a JSON object ({error}); mend the line"
-                    ) from None
-                if row is None and not text.strip():
+                row = _parse_line(line, f"{path}, line {number}", number == 1)
+                if row is None:
                     continue
-                if not isinstance(row, dict):
-                    raise UserError(
-                        f"{where}: {type(row).__name__}, not a JSON object; mend the line"
-                    )
-                for key in KEYS:
-                    if key not in row:
-                        raise UserError(f"{where}: key {key!r} is missing; each line needs {KEYS}")
-                    if not isinstance(row[key], str):
-                        kind = type(row[key]).__name__
-                        raise UserError(f"{where}: {key!r} is {kind}, not text; mend the line")
-                    try:
-                        row[key].encode("utf-8")
-                    except UnicodeEncodeError:
-                        fault = "holds half a surrogate pair; mend the line"
-                        raise UserError(f"{where}: {key!r} {fault}") from None
-                rows.append({key: row[key] for key in KEYS})
+                rows.append({key: row[key] or "" for key in KEYS})
+                for key in row.keys() - KEYS:
+                    ignored[key] = ignored.get(key, 0) + bool(row[key])
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: run python prepare_datasets.py, or give --use_toy_data true"
@@ -63,19 +48,69 @@ def read_jsonl(path: str | Path) -> list[dict[str, str]]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not rows:
         raise UserError(f"{path} holds no sample: run python prepare_datasets.py again")
+    if not any(row["output"].strip() for row in rows):
+        raise UserError(f"{path}: every output is empty, so there is nothing to learn")
+    if told := [f"{key} ({number} rows)" for key, number in sorted(ignored.items()) if number]:
+        print(f"warning: {path}: columns that are not read: {', '.join(told)}", file=sys.stderr)
     return rows
+
+
+def _refuse_other_formats(path: str | Path, beginning: bytes) -> None:
+    kinds = {b"\x1f\x8b": "a gzip", b"PAR1": "a Parquet", b"PK": "a zip", b"\x28\xb5": "a zstd"}
+    for mark, kind in kinds.items():
+        if beginning.startswith(mark):
+            raise UserError(f"{path} is {kind} file, no text: give one JSON object a line")
+    if beginning.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        raise UserError(
+            f"{path} is one JSON array, not one object a line: make lines of it, for example with "
+            "jq -c '.[]'"
+        )
+
+
+def _parse_line(line: bytes, where: str, is_first: bool) -> dict | None:
+    """The row of a line, None of a blank one; `UserError` where it is no row."""
+    try:
+        text = line.decode("utf-8-sig" if is_first else "utf-8")
+        row = json.loads(text) if text.strip() else None
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a JSON object ({error}); mend the line") from None
+    if not text.strip():
+        return None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: {type(row).__name__}, not a JSON object; mend the line")
+    for key in KEYS:
+        if key not in row:
+            raise UserError(f"{where}: key {key!r} is missing; each line needs {KEYS}")
+        if not isinstance(row[key], str | None):
+            kind = type(row[key]).__name__
+            raise UserError(f"{where}: {key!r} is {kind}, not text; mend the line")
+        try:
+            (row[key] or "").encode("utf-8")
+        except UnicodeEncodeError:
+            fault = "holds half a surrogate pair; mend the line"
+            raise UserError(f"{where}: {key!r} {fault}") from None
+    return row
 
 
 def _sha256(*texts: str) -> bytes:
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).digest()
 
 
-def held_out_fraction(row: dict[str, str]) -> float:
-    """sha256 of instruction, NUL and input, read as a fraction of 1.
+def prompt_text(row: dict[str, str]) -> str:
+    """A row's prompt as the model reads it, without the template: what makes two rows twins."""
+    return "\n".join(filter(None, (row["instruction"].strip(), row["input"].strip())))
 
-    It depends on the text alone: duplicates fall on one side, whatever the order of the file.
+
+def held_out_fraction(row: dict[str, str]) -> float:
+    """sha256 of the prompt's first line, NUL and the rest, read as a fraction of 1.
+
+    It depends on what the model reads alone: twins fall on one side, whatever the order of the
+    file and the white space around their texts.
     """
-    return int.from_bytes(_sha256(row["instruction"], row["input"]), "big") / 2**256
+    first, _, rest = prompt_text(row).partition("\n")
+    return int.from_bytes(_sha256(first, rest), "big") / 2**256
 
 
 def split_held_out(rows: list[dict], holdout_fraction: float) -> tuple[list[dict], list[dict]]:
@@ -114,10 +149,7 @@ class PromptTemplate:
 
     def prompts(self, rows: list[dict]) -> list[list[int]]:
         """Ids of `[INST] {instruction}\\n{input}` for each row, without bos and ` [/INST]`."""
-        contents = [
-            "\n".join(filter(None, (r["instruction"].strip(), r["input"].strip()))) for r in rows
-        ]
-        return self._encode([f"[INST] {content}" for content in contents])
+        return self._encode([f"[INST] {prompt_text(row)}" for row in rows])
 
     def responses(self, rows: list[dict]) -> list[list[int]]:
         """Ids of each row's output and eos; [] where the output is empty."""
@@ -162,7 +194,8 @@ class InstructionDataset(Dataset):
             encoded = zip(chunk, template.prompts(chunk), template.responses(chunk), strict=True)
             for row, prompt, response in encoded:
                 full = template.join(prompt, room=10**9)
-                kept = template.join(prompt, room=max_length - len(response))
+                least = len(template.join([], 0)) + max_length // PROMPT_SHARE
+                kept = template.join(prompt, room=max(max_length - len(response), least))
                 space = max_length - len(kept)
                 if not response or space < 1:
                     self.num_dropped += 1
@@ -238,7 +271,8 @@ def prepare_task(cfg, tokenizer, task: str, rows: list[dict]) -> TaskData:
     print(
         f"{task}: {len(data.train)} samples to train on, {len(data.held_out)} held out; "
         f"{sum(d.num_prompts_cut for d in both)} prompts and "
-        f"{sum(d.num_responses_cut for d in both)} responses cut to {cfg.max_seq_len} tokens, "
+        f"{sum(d.num_responses_cut for d in both)} responses cut to {cfg.max_seq_len} tokens "
+        f"(a prompt keeps {cfg.max_seq_len // PROMPT_SHARE} of its own), "
         f"{sum(d.num_dropped for d in both)} dropped without a response"
     )
     return data

@@ -42,7 +42,7 @@ class BaseConfig(Knobs):
     )
     lora_target_modules: list[str] = knob(
         ["q_proj", "v_proj"],
-        "a linear layer whose name contains one of these gets the branches",
+        "a linear layer whose name is or ends with one of these gets the branches",
         not_empty=True,
     )
     num_frozen_layers: int = knob(

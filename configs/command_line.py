@@ -106,11 +106,12 @@ class Knobs:
     def __init_subclass__(cls):
         for base in filter(dataclasses.is_dataclass, cls.__mro__[1:]):
             for field in dataclasses.fields(base):
+                value = cls.__dict__.get(field.name, dataclasses.MISSING)
+                if value is dataclasses.MISSING or isinstance(value, dataclasses.Field):
+                    continue
                 own = cls.__dict__.get("__annotations__", {})
-                if field.name in cls.__dict__ and field.name not in own:
-                    kind = get_type_hints(base)[field.name]
-                    cls.__annotations__ = {**own, field.name: kind}
-                    setattr(cls, field.name, _field(cls.__dict__[field.name], field.metadata))
+                cls.__annotations__ = {field.name: get_type_hints(base)[field.name], **own}
+                setattr(cls, field.name, _field(value, field.metadata))
 
     def __post_init__(self):
         problems = _wrong_types(self) or self.problems()
@@ -257,8 +258,10 @@ def value_of_option(argv: list[str], option: str) -> str | None:
 def import_file(path: str | Path):
     """The module in the Python file `path`; `UserError` where it cannot be imported."""
     path = Path(path)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look up annotations that are text in the module of that name.
+    sys.modules[module.__name__] = module
     try:
         spec.loader.exec_module(module)
     except (OSError, SyntaxError, ImportError) as error:

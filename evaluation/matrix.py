@@ -8,6 +8,8 @@ A mean is taken over the tasks for which all its cells are there, and is NaN wit
 
 import math
 
+from methods.method import JOINT
+
 Matrix = list[list[float]]
 
 
@@ -94,9 +96,9 @@ def retention(matrix: Matrix, lower_is_better: bool = True) -> float:
 
 
 def _matrix(cells: dict[tuple[str, str], float], tasks: list[str]) -> Matrix:
-    """From (stage, task) -> number: "base" is row 0, "joint", which learns all, the last one."""
+    """From (stage, task) -> number: "base" is row 0, JOINT, which learns all, the last one."""
     matrix = [[math.nan] * len(tasks) for _ in range(len(tasks) + 1)]
-    rows = {"base": 0, "joint": -1, **{task: t for t, task in enumerate(tasks, 1)}}
+    rows = {"base": 0, JOINT: -1, **{task: t for t, task in enumerate(tasks, 1)}}
     for (stage, task), value in cells.items():
         matrix[rows[stage]][tasks.index(task)] = value
     return matrix
@@ -142,7 +144,7 @@ def _table(title: str, rows: dict[str, list[float]], tasks: list[str], form=".3f
 
 
 def _stages(matrix: Matrix, tasks: list[str], joint: bool) -> dict[str, list[float]]:
-    stages = {"joint": matrix[-1]} if joint else dict(zip(tasks, matrix[1:], strict=True))
+    stages = {JOINT: matrix[-1]} if joint else dict(zip(tasks, matrix[1:], strict=True))
     return {"base": matrix[0], **stages}
 
 

@@ -12,9 +12,7 @@ from pathlib import Path
 
 from configs.command_line import UserError
 from evaluation.sandbox import check_sandbox, passes_tests
-from tasks import find_task
-from tasks.math import judge_math
-from tasks.safety import judge_refusal
+from tasks import code, find_task, math, safety, tool
 from tasks.scores import (
     accepted_call,
     code_of,
@@ -25,7 +23,6 @@ from tasks.scores import (
     wilson_interval,
 )
 from tasks.task import Judge
-from tasks.tool import tool_input
 
 
 @dataclass
@@ -101,7 +98,7 @@ def _row(instruction: str, given: str = "", output: str = "", **more) -> dict:
 def _gsm8k(folder: Path) -> list[Questions]:
     rows = _json_lines(folder / "gsm8k" / "test.jsonl")
     rows = [_row(row["question"], output=row["answer"]) for row in rows]
-    return [Questions("gsm8k", "T2_math", rows, judge_math)]
+    return [Questions("gsm8k", math.TASK.name, rows, math.judge_math)]
 
 
 def _mbpp(folder: Path) -> list[Questions]:
@@ -117,7 +114,7 @@ def _mbpp(folder: Path) -> list[Questions]:
         )
         for row in listed
     ]
-    return [Questions("mbpp", "T3_code", rows, judge_program)]
+    return [Questions("mbpp", code.TASK.name, rows, judge_program)]
 
 
 def _bfcl(folder: Path) -> list[Questions]:
@@ -127,13 +124,13 @@ def _bfcl(folder: Path) -> list[Questions]:
     rows = [
         _row(
             row["question"][0][-1]["content"],
-            tool_input(row["function"]),
+            tool.tool_input(row["function"]),
             possible=possible[row["id"]],
             required=row["function"][0]["parameters"]["required"],
         )
         for row in _json_lines(folder / "bfcl" / name)
     ]
-    return [Questions("bfcl", "T4_tool", rows, judge_accepted)]
+    return [Questions("bfcl", tool.TASK.name, rows, judge_accepted)]
 
 
 def _xstest(folder: Path) -> list[Questions]:
@@ -144,8 +141,8 @@ def _xstest(folder: Path) -> list[Questions]:
         for label in ("safe", "unsafe")
     }
     return [
-        Questions("xstest_safe", "T5_safety", of["safe"], judge_answered),
-        Questions("xstest_unsafe", "T5_safety", of["unsafe"], judge_refusal),
+        Questions("xstest_safe", safety.TASK.name, of["safe"], judge_answered),
+        Questions("xstest_unsafe", safety.TASK.name, of["unsafe"], safety.judge_refusal),
     ]
 
 
@@ -153,7 +150,7 @@ def _harmful(folder: Path) -> list[Questions]:
     """The harmful instructions of Bianchi et al. 2024 ("Safety-tuned LLaMAs")."""
     path = folder / "safety-tuned-llamas" / "I-MaliciousInstructions.json"
     rows = [_row(text) for text in json.loads(path.read_text(encoding="utf-8"))["instructions"]]
-    return [Questions("harmful", "T5_safety", rows, judge_refusal)]
+    return [Questions("harmful", safety.TASK.name, rows, safety.judge_refusal)]
 
 
 def _json_lines(path: Path) -> list[dict]:

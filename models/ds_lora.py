@@ -136,11 +136,12 @@ def replace_with_ds_lora(
 ) -> nn.Module:
     """Freezes `model` and gives its upper decoder layers slow and fast branches, in place.
 
-    A linear layer whose name inside a decoder layer of index >= `num_frozen_layers` contains one of
-    `target_modules` becomes a `DSLoRALinear`; only the branches are trainable afterwards.
+    A linear layer whose name inside a decoder layer of index >= `num_frozen_layers` is, or ends
+    with, one of `target_modules` ("q_proj", "self_attn.q_proj") becomes a `DSLoRALinear`; only the
+    branches are trainable afterwards.
 
-    Raises ValueError where nothing matches, where no layer is left to train, or where the model has
-    branches already.
+    Raises ValueError where a target matches nothing, where no layer is left to train, or where the
+    model has branches already.
     """
     if ds_lora_layers(model):
         raise ValueError("the model has DS-LoRA branches already")
@@ -156,12 +157,17 @@ def replace_with_ds_lora(
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    chosen = [place for place in linears if any(target in place[1] for target in target_modules)]
-    if not chosen:
+    # Whole names: v_proj is no part of a fused qkv_proj.
+    matches = {
+        target: [place for place in linears if f".{place[1]}".endswith(f".{target}")]
+        for target in target_modules
+    }
+    if unmatched := [target for target, places in matches.items() if not places]:
         raise ValueError(
-            f"no linear layer of {stack_name} matches {', '.join(target_modules)}; there are "
+            f"no linear layer of {stack_name} is called {', '.join(unmatched)}; there are "
             f"{', '.join(sorted({name for _, name, _ in linears})) or 'none'}"
         )
+    chosen = {id(place[2]): place for places in matches.values() for place in places}.values()
     model.requires_grad_(False)
     for layer, name, linear in chosen:
         parent_name, _, child_name = name.rpartition(".")
@@ -355,6 +361,12 @@ def load_adapter(model: nn.Module, folder: str | Path, branches=BRANCHES) -> Non
         f"{key} is {tuple(tensors[key].shape)}, the model's {shape}"
         for key, shape in expected.items()
         if key in tensors and tuple(tensors[key].shape) != shape
+    ][:1]
+    # Whole numbers would be rounded from, and what is not finite would be scored without a word.
+    problems += [
+        f"{key} holds {'numbers that are not finite' if t.is_floating_point() else t.dtype}"
+        for key, t in tensors.items()
+        if not t.is_floating_point() or not torch.isfinite(t).all()
     ][:1]
     if problems:
         raise ValueError(f"{folder} does not fit the model: {'; '.join(problems)}")

@@ -77,8 +77,20 @@ class Router:
         }
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes up what `state` gave."""
-        if tensors:
-            self.tasks = bytes(tensors["tasks"].tolist()).decode().split("\n")
-            self.means, self.factor = tensors["means"], tensors["factor"]
-            self.num_samples = int(tensors["num_samples"])
+        """Takes up what `state` gave; ValueError, and nothing taken up, where it is damaged."""
+        if not tensors:
+            return
+        try:
+            tasks = bytes(tensors["tasks"].tolist()).decode().split("\n")
+            means, factor = tensors["means"], tensors["factor"]
+            num_samples = int(tensors["num_samples"])
+        except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+            raise ValueError(f"it cannot be read ({error!r})") from error
+        both = (means, factor)
+        if not all(t.dtype == torch.float32 and t.dim() == 2 for t in both):
+            raise ValueError("its means or factor are no matrices of float32")
+        if len(means) != len(tasks) or means.shape[1] != factor.shape[1] or num_samples < 1:
+            raise ValueError("its tasks, means, factor and number of samples do not go together")
+        if not all(torch.isfinite(t).all() for t in both):
+            raise ValueError("it holds numbers that are not finite")
+        self.tasks, self.means, self.factor, self.num_samples = tasks, means, factor, num_samples

@@ -14,6 +14,9 @@ def convert_alpaca(row: dict) -> Sample:
     # they are Morse code, brackets to balance, an operator to classify.
     if re.fullmatch(r"\W*(no[\s_-]?inputs?( \w+ed)?|none|n/a)\W*", given, re.IGNORECASE):
         given = ""
+    # "<nooutput>" stands where an answer should.
+    if re.fullmatch(r"\W*no[\s_-]?outputs?\W*", output, re.IGNORECASE):
+        output = ""
     return Sample(instruction, given, output)
 
 

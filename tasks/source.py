@@ -43,11 +43,12 @@ class Sample:
 
 
 def texts(row: dict, *columns: str) -> list[str]:
-    """The columns of `row`; raises WrongShape where one is missing or no text."""
+    """The columns of `row`, null as ""; raises WrongShape where one is missing or no text."""
+    found = [row.get(column, column) for column in columns if column in row]
     for column in columns:
-        if not isinstance(row.get(column), str):
+        if not isinstance(row.get(column, 0), str | None):
             raise WrongShape(f"column {column} is missing or no text")
-    return [row[column] for column in columns]
+    return [text or "" for text in found]
 
 
 @dataclass

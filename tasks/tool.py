@@ -63,7 +63,9 @@ def convert_glaive(row: dict) -> Sample:
     call = re.search(r"<functioncall>\s*(.*?)\s*(?:<\|endoftext\|>|\Z)", chat, re.DOTALL)
     if not call:
         raise Drop("no call")
-    turns = re.split(r"(?:\A|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):", chat[: call.start()])
+    # Turns stand two blank lines apart: a label anywhere else is something that was said.
+    label = r"(?:\A\s*|\n\n\n\s*)(USER|ASSISTANT|FUNCTION RESPONSE):"
+    turns = re.split(label, chat[: call.start()])
     said = [
         (role, text.replace("<|endoftext|>", "").strip())
         for role, text in zip(turns[1::2], turns[2::2], strict=True)

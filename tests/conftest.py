@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from configs.base_config import TASKS, BaseConfig
-from methods import find_method, run_config
+from methods import METHODS, find_method, knob_names, run_config
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -112,11 +112,17 @@ def make_config(run_settings):
 
 @pytest.fixture
 def flags(run_settings):
-    """Builds the tiny run's command line with some fields changed."""
+    """Builds the tiny run's command line with some fields changed.
+
+    Of the tiny run's fields those that the run's method does not use are left out.
+    """
 
     def build(**changes) -> list[str]:
+        unused = set().union(*map(knob_names, METHODS.values()))
+        unused -= knob_names(find_method(changes.get("method", "ds_lora")))
+        settings = {name: run_settings[name] for name in run_settings if name not in unused}
         argv = []
-        for name, value in {**run_settings, **changes}.items():
+        for name, value in {**settings, **changes}.items():
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         return argv
 

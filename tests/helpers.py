@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train_slsd_seq
@@ -15,9 +16,11 @@ from configs.base_config import BaseConfig
 from methods import find_method, run_config
 from methods.method import Tools
 from models.ds_lora import BRANCHES, branch_parameters, replace_with_ds_lora
-from models.forward import IGNORE
+from models.forward import IGNORE, response_tokens
 from training import passes as passes_module
-from training.passes import make_passes
+from training.passes import Passes, StopSignals, make_passes
+from training.saving import RunState
+from training.session import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,6 +78,20 @@ def randomise(model, seed=1):
     return model
 
 
+def parameters(model) -> list:
+    """Of both branches."""
+    return [p for branch in BRANCHES for p in branch_parameters(model, branch)]
+
+
+def mean_loss(model, samples):
+    """Cross entropy per response token, sample by sample."""
+    total = 0.0
+    for sample in samples:
+        logits = model(sample["input_ids"][None]).logits[0, :-1]
+        total = total + F.cross_entropy(logits, sample["labels"][1:], reduction="sum")
+    return total / sum(map(response_tokens, samples))
+
+
 def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -130,10 +147,19 @@ def make_method(name: str, model, **changes):
         **({"kd_top_k": 16, "kd_batch_size": 2, "kd_every": 1, "probe_size_per_task": 4}),
         **({"probe_pool_factor": 2, "entropy_threshold": 100.0, "seed": 0}),
     }
-    tools = Tools(model, passes, alone, most_steps=changes.pop("most_steps", 1))
+    tools = Tools(
+        model, passes, alone, lambda tensor: tensor, most_steps=changes.pop("most_steps", 1)
+    )
     method = find_method(name)
     cfg = run_config(BaseConfig, method)(method=name, **{**settings, **changes})
     return method(cfg, tools)
+
+
+def make_journal(cfg, model, tokenizer) -> Journal:
+    """That of a run of `model` on the CPU, with its passes; the states are in `save_dir`."""
+    of_run = Passes(cfg, model, tokenizer, torch.device("cpu"), StopSignals())
+    state = RunState(Path(cfg.save_dir) / "state")
+    return Journal(cfg, of_run, {"base_model": "tiny"}, state, {})
 
 
 CLOCK = ("tokens_per_second", "train_seconds", "evaluate_seconds", "log_dir", "save_dir")

@@ -1,7 +1,6 @@
-"""Template, labels, cuts, splits, passes, and the reader's complaints."""
+"""Template, labels, cuts, splits, and the reader's complaints."""
 
 import json
-import math
 import os
 import random
 
@@ -12,13 +11,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.command_line import UserError
+from models.forward import IGNORE
 from utils_data import (
-    PASS_COST,
     InstructionDataset,
     PromptTemplate,
     collate_fn,
     held_out_fraction,
-    make_passes,
     prepare_task,
     read_jsonl,
     split_held_out,
@@ -80,8 +78,8 @@ def rendered(row):
 def test_every_label_is_a_response_token_and_the_whole_reads_as_specified(any_tokenizer, row):
     sample = InstructionDataset([row], any_tokenizer, 512)[0]
     ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
-    start = next(i for i, label in enumerate(labels) if label != -100)
-    assert all(label == -100 for label in labels[:start]) and labels[start:] == ids[start:]
+    start = next(i for i, label in enumerate(labels) if label != IGNORE)
+    assert all(label == IGNORE for label in labels[:start]) and labels[start:] == ids[start:]
     # bos and eos are the tokenizer's own ids, once each; </s> inside the data stays text.
     eos, bos = any_tokenizer.eos_token_id, any_tokenizer.bos_token_id
     has_bos = any_tokenizer("a").input_ids[0] == bos
@@ -109,7 +107,7 @@ def test_known_ids_of_llama2():
     # <s> _[ INST ] _Hi \n there _[ / INST ] _Hello </s>
     prompt = [1, 518, 25580, 29962, 6324, 13, 12711, 518, 29914, 25580, 29962]
     assert sample["input_ids"].tolist() == [*prompt, 15043, 2]
-    assert sample["labels"].tolist() == [-100] * len(prompt) + [15043, 2]
+    assert sample["labels"].tolist() == [IGNORE] * len(prompt) + [15043, 2]
 
 
 def test_an_empty_input_leaves_no_line(tokenizer):
@@ -124,7 +122,9 @@ def test_too_long_a_prompt_loses_its_end_and_nothing_else(any_tokenizer):
     assert (data.num_prompts_cut, data.num_responses_cut, data.num_dropped) == (1, 0, 0)
     ids, labels = data[0]["input_ids"].tolist(), data[0]["labels"].tolist()
     assert len(ids) == 60
-    assert [x for x in labels if x != -100] == [x for x in whole["labels"].tolist() if x != -100]
+    assert [x for x in labels if x != IGNORE] == [
+        x for x in whole["labels"].tolist() if x != IGNORE
+    ]
     text = any_tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert text.startswith("[INST] word word") and text.endswith("[/INST] It is 3.")
 
@@ -151,7 +151,7 @@ def test_collate_pads_on_the_right_and_a_model_takes_it(tokenizer):
     for i in range(3):
         n = data.lengths[i]
         assert torch.equal(batch["input_ids"][i, :n], data[i]["input_ids"])
-        assert (batch["input_ids"][i, n:] == 2).all() and (batch["labels"][i, n:] == -100).all()
+        assert (batch["input_ids"][i, n:] == 2).all() and (batch["labels"][i, n:] == IGNORE).all()
         assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (max(data.lengths) - n)
     assert torch.isfinite(make_model()(**batch).loss)
 
@@ -167,61 +167,6 @@ def test_the_split_depends_on_the_text_alone():
     # printf 'a\0b' | sha256sum begins 59b271.
     fraction = held_out_fraction({"instruction": "a", "input": "b"})
     assert fraction == pytest.approx(0x59B271 / 2**24, abs=2**-24)
-
-
-@pytest.mark.parametrize("shares", [1, 3])
-@pytest.mark.parametrize("budget", [1, 100, 10**6])
-def test_passes_hold_every_sample_once_within_the_budget(tokenizer, budget, shares):
-    rows = [{**ROW, "input": "x " * (7 * i % 40)} for i in range(50)]
-    data = InstructionDataset(rows, tokenizer, 128)
-    seen, tokens = [], []
-    for share in range(shares):
-        longest = 10**9
-        cut = make_passes(data, budget, 2, torch.device("cpu"), (share, shares))
-        tokens.append(0)
-        for indices, batch, targets in cut:
-            seen += indices
-            size = batch["input_ids"].numel()
-            assert size <= budget or len(indices) == 1
-            assert batch["input_ids"].shape[1] <= longest
-            longest = batch["input_ids"].shape[1]
-            expected = []
-            for i, ids in zip(indices, batch["input_ids"], strict=True):
-                assert torch.equal(ids[: data.lengths[i]], data[i]["input_ids"])
-                expected += [t for t in data[i]["labels"].tolist() if t != -100]
-            assert targets.tolist() == expected
-            following = batch["input_ids"].flatten()[batch["positions"] + 1]
-            assert torch.equal(following, targets)
-            tokens[-1] += sum(data.lengths[i] for i in indices)
-    assert sorted(seen) == list(range(50))
-    assert max(tokens) - min(tokens) <= 128
-
-
-@pytest.mark.parametrize("budget", [1, 60, 10**6])
-def test_passes_cost_least(budget):
-    """Against every way to cut eight samples."""
-    samples = [
-        {"input_ids": torch.ones(n, dtype=torch.long), "labels": torch.ones(n, dtype=torch.long)}
-        for n in (3, 90, 4, 30, 31, 95, 29, 2)
-    ]
-    lengths = sorted((len(s["input_ids"]) for s in samples), reverse=True)
-
-    def cost(sizes):
-        total, start = 0, 0
-        for size in sizes:
-            if size > 1 and size * lengths[start] > budget:
-                return math.inf
-            total += size * lengths[start] + PASS_COST
-            start += size
-        return total
-
-    def ways(n):
-        yield from ([size, *rest] for size in range(1, n + 1) for rest in ways(n - size))
-        if n == 0:
-            yield []
-
-    sizes = [len(i) for i, *_ in make_passes(samples, budget, 0, torch.device("cpu"))]
-    assert cost(sizes) == min(map(cost, ways(len(samples))))
 
 
 def test_a_bom_crlf_blank_lines_and_line_separators_are_fine(tmp_path):

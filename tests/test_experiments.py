@@ -13,16 +13,16 @@ import run_experiments
 import train_slsd_seq
 from configs.command_line import UserError
 from methods import parse_config
-from run_experiments import METHODS, Experiments, plan
+from run_experiments import VARIANTS, Experiments, plan
 
 
 def planned(argv):
-    return plan(*parse_config(argv, Experiments, description=""))
+    return plan(*parse_config(argv, Experiments, description="", every_method=True), argv)
 
 
 def test_every_method_is_one_that_the_script_takes(flags):
     runs = planned(flags())
-    assert [run.name for run in runs] == [f"{method}/seed42" for method in METHODS]
+    assert [run.name for run in runs] == [f"{method}/seed42" for method in VARIANTS]
     cfg = {run.name.partition("/")[0]: run.cfg for run in runs}
     assert cfg["seq_lora_all"].num_frozen_layers == 0 and cfg["seq_lora"].num_frozen_layers == 2
     assert not cfg["ds_lora"].use_slsd and cfg["slsd"].kd_probes == "current"
@@ -32,6 +32,16 @@ def test_every_method_is_one_that_the_script_takes(flags):
     assert all(
         c.lora_r == 4 and c.lora_target_modules == ["q_proj", "v_proj"] for c in cfg.values()
     )
+
+
+def test_a_knob_given_for_all_runs_reaches_those_that_have_it(flags):
+    runs = planned([*flags(), "--ewc_lambda", "7", "--kd_lambda", "3"])
+    cfg = {run.name.partition("/")[0]: run.cfg for run in runs}
+    assert cfg.keys() == VARIANTS.keys()
+    assert cfg["ewc"].ewc_lambda == 7 and cfg["lwf"].kd_lambda == cfg["slsd"].kd_lambda == 3
+    assert not hasattr(cfg["bank"], "ewc_lambda")
+    # A field of the base configuration that is nothing to it: as it was.
+    assert cfg["ewc"].kd_lambda == 1
 
 
 def test_methods_orders_and_seeds_are_multiplied(flags, tmp_path):
@@ -52,7 +62,8 @@ def test_all_that_is_wrong_is_told_at_once(flags, capsys):
     assert run_experiments.main([*flags(), *more]) == 2
     lines = errors(capsys)
     assert lines[0].startswith("error: --orders 127: give digits of 12345")
-    assert any("--methods best: give some of seq_lora" in line for line in lines)
+    given = f"--methods best: give some of {', '.join(VARIANTS)}"
+    assert any(given in line for line in lines)
     more = ["--methods", "slsd,kd_lambda=-1", "slsd,kd_lamda=1"]
     assert run_experiments.main([*flags(), *more]) == 2
     lines = errors(capsys)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from configs.base_config import BaseConfig
 from configs.command_line import UserError
-from methods import parse_config
+from methods import METHODS, parse_config, run_config
 from models.ds_lora import branch_parameters, load_adapter, save_adapter
 from utils_data import KEYS, read_jsonl
 
@@ -58,12 +58,13 @@ def test_the_reader(lines, end):
                 "".join(row.values()).encode("utf-8")
 
 
-FIELDS = sorted(BaseConfig.__dataclass_fields__)
+FIELDS = sorted(run_config(BaseConfig, *METHODS.values()).__dataclass_fields__)
 WORD = st.one_of(
     st.sampled_from(
         ["0", "-1", "1", "nan", "inf", "1e-5", "true", "no", "auto", "cpu", "none", ""]
     ),
     st.sampled_from(["q_proj", "T1_general", "T2_math", "constant", "99999999999999999999", "1_0"]),
+    st.sampled_from([*METHODS, "none.py", "configs/base_config.py", "configs", "../base"]),
     st.text(max_size=6),
     st.integers().map(str),
     st.floats().map(str),
@@ -83,7 +84,7 @@ def test_the_command_line(argv):
     except SystemExit as leaving:
         assert leaving.code == 0 and {"-h", "--help"} & set(words)
         return
-    for name in FIELDS:
+    for name in vars(cfg):
         value = getattr(cfg, name)
         assert not isinstance(value, float) or math.isfinite(value)
     assert cfg.samples_per_step >= 1 and cfg.lr_slow > 0 and 0 < cfg.holdout_fraction < 1

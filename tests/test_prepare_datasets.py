@@ -8,16 +8,12 @@ import pytest
 from helpers import command, contents, errors
 
 import prepare_datasets
-from prepare_datasets import (
-    Drop,
-    WrongShape,
-    convert_alpaca,
-    convert_dolly,
-    convert_glaive,
-    convert_gsm8k,
-    convert_hh,
-    convert_xlam,
-)
+from configs.base_config import TASKS
+from tasks.general import convert_alpaca, convert_dolly
+from tasks.math import convert_gsm8k
+from tasks.safety import convert_hh
+from tasks.source import Drop, WrongShape
+from tasks.tool import convert_glaive, convert_xlam
 from training.saving import file_sha256
 from utils_data import read_jsonl
 
@@ -262,7 +258,7 @@ def test_all_five_tasks_and_a_manifest_that_adds_up(run, tmp_path):
     assert run() == 0
     full = tmp_path / "data" / "full"
     manifest = json.loads((full / "manifest.json").read_text())
-    assert list(manifest) == list(prepare_datasets.TASKS)
+    assert list(manifest) == list(TASKS)
     for task, entry in manifest.items():
         rows = read_jsonl(full / f"{task}_full.jsonl")
         assert len(rows) == entry["written"]
@@ -435,7 +431,7 @@ def test_one_source_that_fails_leaves_the_others_whole(raw, tmp_path):
     assert line.startswith("error: databricks/databricks-dolly-15k cannot be read")
     assert "HF_ENDPOINT" in line and "--raw_dir" in line
     names = sorted(path.name for path in (tmp_path / "data/full").glob("*.jsonl"))
-    assert names == [f"{task}_full.jsonl" for task in prepare_datasets.TASKS[1:]]
+    assert names == [f"{task}_full.jsonl" for task in TASKS[1:]]
 
 
 def test_a_run_that_was_interrupted_goes_on(run, raw, tmp_path, capsys, monkeypatch):
@@ -500,8 +496,8 @@ def test_toy_prefers_short_rows(run, raw, tmp_path):
         (["--toy"], "--toy needs --toy_dir"),
         (["--raw_dir", "nowhere"], "there is no such folder"),
         (["--tool", "xlam"], "unknown option --tool"),
-        (["--max_chars", "-1"], "--max_chars -1: give 0"),
-        (["--toy_samples", "0"], "--toy_samples 0: give 1"),
+        (["--max_chars", "-1"], "max_chars is -1: give 0"),
+        (["--toy_samples", "0"], "toy_samples is 0: give 1"),
     ],
 )
 def test_a_wrong_option_is_one_line(argv, message, capsys):

@@ -1,11 +1,13 @@
 """The command lines: what a run leaves behind, and what a user sees when something is wrong."""
 
 import json
+import re
 import time
+from dataclasses import fields
 
 import pytest
 import torch
-from helpers import make_model
+from helpers import command, contents, errors, make_model, read
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -16,7 +18,7 @@ from configs.base_config import TASKS, BaseConfig
 from configs.command_line import UserError
 from configs.smollm2_config import SmolLM2Config
 from evaluation.matrix import forgetting, loss_matrix
-from methods import parse_config
+from methods import METHODS, find_method, knob_names, parse_config, run_config
 
 SETTINGS = (
     "--use_toy_data --device cpu --num_frozen_layers 2 --lora_r 4 --num_epochs 1 --max_seq_len 64 "
@@ -123,9 +125,7 @@ def test_earlier_outputs_are_kept_unless_overwriting_is_asked_for(flags, tmp_pat
 
 def test_a_finished_run_says_so_and_touches_nothing(sequence, flags, capsys):
     folder, _ = sequence
-    before = {
-        p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("[!.]*") if p.is_file()
-    }
+    before = contents(folder)
     here = {"log_dir": folder / "logs", "save_dir": folder / "checkpoints"}
     assert train_slsd_seq.main([*SEQUENCE, *flags_of(here)]) == 0
     assert "this run is finished" in capsys.readouterr().out
@@ -133,10 +133,7 @@ def test_a_finished_run_says_so_and_touches_nothing(sequence, flags, capsys):
     (line,) = errors(capsys)
     assert "state of another run" in line and "lora_r 4 -> 2, seed 42 -> 1" in line
     assert "--overwrite true" in line and "another --save_dir" in line
-    after = {
-        p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("[!.]*") if p.is_file()
-    }
-    assert after == before
+    assert contents(folder) == before
 
 
 def test_overwriting_replaces_the_run_and_spares_what_is_not_its_own(flags, tmp_path):
@@ -205,8 +202,8 @@ def test_without_slsd_nothing_is_distilled(flags, tmp_path):
         (["--use_slsd", "perhaps"], "--use_slsd"),
         (["--lr_slow", "fast"], "invalid float value: 'fast'"),
         (["--quantization", "3bit"], "invalid choice: '3bit'"),
-        (["--config", "none"], "no such file in configs/; give base or smollm2"),
-        (["--config", "../base"], "no such file in configs/"),
+        (["--config", "none"], "--config none: there is no such file; give base or smollm2"),
+        (["--config", "../base"], "--config ../base: there is no such file; give base"),
         (["--task_order", "T1_general", "T9"], "give each task once, out of T1_general"),
         (["--device", "cuda:99"], "--device cuda:99: torch sees"),
         (["--num_frozen_layers", "4"], "--num_frozen_layers 4: give 0 to 3"),
@@ -233,10 +230,17 @@ def test_all_impossible_values_are_reported_at_once():
     lines = str(caught.value).splitlines()
     assert [line.split(" is ")[0] for line in lines] == [
         "lora_r",
-        "kd_lambda",
-        "lr_slow",
         "lora_dropout",
+        "lr_slow",
+        "kd_lambda",
         "task_order",
+    ]
+    assert [line.split(": ")[1] for line in lines] == [
+        "give 1 or more",
+        "give 0 or more, below 1",
+        "give more than 0",
+        "give 0 or more",
+        "give a name",
     ]
 
 
@@ -257,14 +261,73 @@ def test_lists_booleans_and_configs_on_the_command_line():
     assert cfg.lora_target_modules == ["q_proj", "k_proj"]
     assert (cfg.use_slsd, cfg.use_toy_data, cfg.lr_slow) == (False, True, 1e-4)
     (small,) = parse_config(["--config=smollm2", "--seed", "7"], description="")
-    assert type(small) is SmolLM2Config and (small.num_frozen_layers, small.seed) == (15, 7)
-    paths = BaseConfig(data_dir="d").data_paths["T2_math"]
-    assert paths == {"toy": "d/T2_math.jsonl", "full": "d/full/T2_math_full.jsonl"}
+    assert isinstance(small, SmolLM2Config)
+    assert (small.num_frozen_layers, small.seed) == (15, 7)
+    paths = [
+        BaseConfig(data_dir="d", use_toy_data=toy).data_path("T2_math") for toy in (True, False)
+    ]
+    assert paths == ["d/T2_math.jsonl", "d/full/T2_math_full.jsonl"]
 
 
 def test_every_field_has_help():
+    """But the paths of the tasks, which a file changes and no flag."""
     for cls in (BaseConfig, SmolLM2Config):
-        assert all(field.metadata["help"] for field in cls.__dataclass_fields__.values())
+        for field in fields(run_config(cls, *METHODS.values())):
+            assert bool(field.metadata["help"]) == (field.name != "data_paths")
+
+
+def users_of(knob):
+    return [name for name in METHODS if knob in knob_names(find_method(name))]
+
+
+def test_a_knob_of_another_method_is_refused_unless_it_has_its_default():
+    """All of them at once; --config decides what a default is."""
+    argv = ["--method", "bank", "--lr_lora", "3", "--kd_lambda", "1", "--ewc_lambda", "1000"]
+    (cfg,) = parse_config(argv, description="")
+    assert cfg.lr_lora == 3 and not hasattr(cfg, "ewc_lambda")
+    with pytest.raises(UserError) as caught:
+        parse_config([*argv, "--kd_lambda", "2", "--ewc_lambda", "3"], description="")
+    assert {"ds_lora", "lwf"} <= set(users_of("kd_lambda")) and users_of("ewc_lambda") == ["ewc"]
+    assert sorted(str(caught.value).splitlines()) == [
+        f"--{name} belongs to --method {', '.join(users_of(name))}, and this run's is bank: leave "
+        "it out, or choose one of them"
+        for name in ("ewc_lambda", "kd_lambda")
+    ]
+    with pytest.raises(UserError, match="^--lr_lora belongs to --method .*bank, .*is ds_lora"):
+        parse_config(["--lr_lora", "1e-4"], description="")
+    small = ["--config", "smollm2", "--method", "bank", "--kd_every"]
+    assert parse_config([*small, "1"], description="")[0].kd_every == 1
+    with pytest.raises(UserError, match="^--kd_every belongs to --method"):
+        parse_config([*small, "4"], description="")
+
+
+def test_a_method_has_the_defaults_and_bounds_of_its_knobs():
+    (cfg,) = parse_config(["--method", "ewc"], description="")
+    assert (cfg.ewc_lambda, cfg.fisher_samples) == (1000, 500)
+    argv = ["--method", "ewc", "--ewc_lambda", "-1", "--fisher_samples", "0", "--lora_r", "0"]
+    with pytest.raises(UserError) as caught:
+        parse_config(argv, description="")
+    assert sorted(str(caught.value).splitlines()) == [
+        "ewc_lambda is -1.0: give 0 or more",
+        "fisher_samples is 0: give 1 or more",
+        "lora_r is 0: give 1 or more",
+    ]
+
+
+def test_the_knobs_of_a_method_stand_under_a_heading_of_their_own(capsys):
+    with pytest.raises(SystemExit):
+        train_slsd_seq.main(["--help"])
+    parts = re.split(r"^(?=\S.*:$)", capsys.readouterr().out, flags=re.M)[1:]
+    told = {
+        name: part.partition(":\n")[0]
+        for part in parts
+        for name in re.findall(r"^  --(\w+)", part, re.M)
+    }
+    for name in [field.name for field in fields(run_config(BaseConfig, *METHODS.values()))]:
+        users = users_of(name)
+        heading = f"with --method {', '.join(users)}" if users else "options"
+        assert name == "data_paths" or told[name] == heading
+    assert told["ewc_lambda"] == "with --method ewc" and told["lora_r"] == "options"
 
 
 def test_all_problems_of_a_start_come_at_once(flags, tmp_path, capsys):
@@ -297,7 +360,9 @@ def test_help_is_quick_and_names_every_field(script):
     start = time.monotonic()
     result = command(script, "--help")
     assert result.returncode == 0 and time.monotonic() - start < 15
-    for name in BaseConfig.__dataclass_fields__:
+    names = [field.name for field in fields(run_config(BaseConfig, *METHODS.values()))]
+    assert "ewc_lambda" in names
+    for name in [name for name in names if name != "data_paths"]:
         assert f"--{name} " in result.stdout or f"--{name}," in result.stdout
 
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 from configs.base_config import TASKS
-from utils_data import TOOL_LINE
+from tasks.tool import TOOL_LINE
 
 OPERATORS = {
     ast.Add: operator.add,

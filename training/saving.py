@@ -84,11 +84,13 @@ def atomic_folder(path: str | Path):
 class JsonlLog:
     """Appends one JSON object a line and flushes it; numbers must be finite or null.
 
-    Lines beyond the first `size` bytes are cut: they come from after the state that is resumed.
+    Args:
+        written: {"size", "sha256"} of what a saved state knows to be there. Lines beyond it are
+            cut: they come from after that state.
     """
 
-    def __init__(self, path: str | Path, size: int = 0):
-        path = Path(path)
+    def __init__(self, path: str | Path, written: dict | None = None):
+        path, size = Path(path), (written or {}).get("size", 0)
         path.parent.mkdir(parents=True, exist_ok=True)
         found = path.stat().st_size if path.exists() else 0
         if found < size:
@@ -96,18 +98,30 @@ class JsonlLog:
                 f"{path} has {found} bytes and the saved state counts on {size}: put the log back, "
                 "or give --overwrite true to start afresh"
             )
+        self._digest = hashlib.sha256()
+        if size:
+            with open(path, "rb") as file:
+                self._digest.update(file.read(size))
+        if written and self._digest.hexdigest() != written["sha256"]:
+            raise UserError(
+                f"{path} is not what this run has written: put the log back, or give --overwrite "
+                "true to start afresh"
+            )
         self._file = open(path, "a", encoding="utf-8", newline="\n")
         self._file.truncate(size)
 
     def write(self, **row) -> None:
         """Raises ValueError where a number is not finite."""
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        self._file.write(line)
         self._file.flush()
+        self._digest.update(line.encode("utf-8", "surrogatepass"))
 
-    def size(self) -> int:
-        """Bytes written so far, which are on the disk when this returns."""
+    def written(self) -> dict:
+        """{"size", "sha256"} of what is written, which is on the disk when this returns."""
         os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        size = os.fstat(self._file.fileno()).st_size
+        return {"size": size, "sha256": self._digest.hexdigest()}
 
     def read(self) -> list[dict]:
         """All lines so far."""
@@ -127,7 +141,7 @@ class JsonlLog:
 class NoLog:
     """A `JsonlLog` that writes nothing: that of every process but the first."""
 
-    def __init__(self, path: str | Path, size: int = 0):
+    def __init__(self, path: str | Path, written: dict | None = None):
         pass
 
     def write(self, **row) -> None:
@@ -264,7 +278,8 @@ def _outputs(cfg, run_name: str) -> list[Path]:
     """
     stages = "|".join(map(re.escape, [*cfg.data_paths, JOINT]))
     if run_name == "seq":
-        logs = rf"((train|eval)_loss|router|drift|samples|scores|gen_(base|{stages})_({stages}))\.jsonl"
+        logs = "(train|eval)_loss|router|drift|samples|scores"
+        logs = rf"({logs}|gen_(base|{stages})_({stages}))\.jsonl"
         own = rf"{run_name}_({stages}|state|{logs}|summary\.json|eval_loss\.png)"
     else:
         stages = rf"{run_name}_epoch\d+"

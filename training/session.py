@@ -74,7 +74,7 @@ class Journal:
         self._attached: dict = {}
         self._resumed_parts: dict[str, dict] = {}
         self._logs: dict[str, JsonlLog] = {}
-        self._log_sizes: dict[str, int] = {}
+        self._logs_written: dict[str, dict] = {}
 
     def log(self, name: str) -> JsonlLog:
         """Opens `name`.jsonl in the log folder, where a resumed run left it.
@@ -83,7 +83,7 @@ class Journal:
         """
         path = Path(self.cfg.log_dir) / f"{name}.jsonl"
         log = JsonlLog if is_first() else NoLog
-        self._logs[name] = log(path, self._log_sizes.get(name, 0))
+        self._logs[name] = log(path, self._logs_written.get(name))
         return self._logs[name]
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ class Journal:
             "position": self.position,
             "training": training,
             "seconds": time.perf_counter() - self.started,
-            "logs": {name: log.size() for name, log in self._logs.items()},
+            "logs": {name: log.written() for name, log in self._logs.items()},
             "tokens_per_pass": {
                 "given": self.cfg.tokens_per_pass,
                 "used": self.passes.tokens_per_pass,
@@ -146,7 +146,7 @@ class Journal:
     def resume(self, facts: dict, parts: dict) -> None:
         """Takes up what `save` wrote."""
         set_branch_tensors(self.passes.model, parts["branches"])
-        self.position, self._log_sizes = facts["position"], facts["logs"]
+        self.position, self._logs_written = facts["position"], facts["logs"]
         self._resumed_parts = parts
         if facts["training"]:
             self.training = facts["training"], parts

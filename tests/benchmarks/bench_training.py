@@ -8,6 +8,7 @@ JSON object. Tokens are real ones, prompt and response, without padding.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import random
 import resource
@@ -24,17 +25,20 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_slsd_seq
-import utils_data
 from configs.base_config import BaseConfig
 from configs.smollm2_config import SmolLM2Config
+from methods import slsd
+from models import answers
 from models.ds_lora import DSLoRALinear, find_decoder_layers, replace_with_ds_lora
+from models.forward import IGNORE, response_tokens
 from training import loop
+from training import passes as passes_module
 from training.base_model import load_model, load_tokenizer
-from training.loop import data_order, evaluate_loss, train_task
-from training.passes import StopSignals
-from training.saving import RunState, save_checkpoint
-from training.session import enable_checkpointing
-from utils_data import IGNORE, InstructionDataset, TaskData, read_jsonl
+from training.loop import TaskTraining, data_order, evaluate_loss
+from training.passes import Passes, StopSignals
+from training.saving import RunState
+from training.session import Journal, Session, enable_checkpointing
+from utils_data import InstructionDataset, TaskData, read_jsonl
 
 TASK = "T1_general"
 LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}
@@ -110,11 +114,12 @@ def without(names) -> None:
         return y
 
     if "response_head" in names:
-        models.slsd.response_logits = loop.response_logits = all_positions
+        for module in (answers, slsd, loop):
+            module.response_logits = all_positions
     if "one_product" in names:
         DSLoRALinear.forward = two_products
     if "padding_limit" in names:
-        utils_data.PASS_COST = 10**9
+        passes_module.PASS_COST = 10**9
 
 
 def matrix_rate(device, dtype) -> float:
@@ -147,7 +152,7 @@ def useful_flops(model, samples, kept: bool) -> float:
     passes = [(i, 1 + (i >= frozen)) for i in run]
     total = 0
     for sample in samples:
-        n, responses = len(sample["input_ids"]), int((sample["labels"] != IGNORE).sum())
+        n, responses = len(sample["input_ids"]), response_tokens(sample)
         for i, times in passes:
             attention = 2 * n * n * config.hidden_size * (1 if times == 1 else 3)
             total += 2 * n * weights[i] * times + attention
@@ -167,46 +172,47 @@ def peak_gib(device) -> dict:
 
 def bench_parts(cfg, session, rows) -> dict:
     """Evaluation, probes, distillation, saving: seconds and bytes."""
-    device, found = session.device, {}
+    passes, found = session.passes, {}
+    device, prefix = passes.device, passes.prefix
 
     def evaluate():
-        return evaluate_loss(session, rows)
+        return evaluate_loss(passes, rows)
 
-    room, session.prefix.room = session.prefix.room, 0
+    room, prefix.room = prefix.room, 0
     found["evaluate_plain_seconds"] = median_seconds(evaluate, device)
-    session.prefix.room = room
+    prefix.room = room
     begun = time.perf_counter()
-    kept = session.keep_prefix(rows, "frozen layers")
+    kept = passes.keep_prefix(rows, "frozen layers")
     found["evaluate_prefix_seconds"] = time.perf_counter() - begun
     found["evaluate_kept_seconds"] = median_seconds(evaluate, device)
     found["evaluate_ratio"] = found["evaluate_plain_seconds"] / found["evaluate_kept_seconds"]
-    slsd = train_slsd_seq.make_method(cfg, session)
-    slsd.threshold = float("inf")
+    every_sample = dataclasses.replace(cfg, entropy_threshold=1e9)
+    method = train_slsd_seq.make_method(every_sample, session)
 
     def probes():
-        slsd.begin_task(TASK, rows)
+        method.read_pool(TASK, rows)
 
     found["probe_pool"] = min(len(rows), cfg.probe_pool_factor * cfg.probe_size_per_task)
     found["probes_kept_seconds"] = median_seconds(probes, device)
-    session.prefix.drop(kept)
+    prefix.drop(kept)
     found["probes_plain_seconds"] = median_seconds(probes, device)
-    tensors = slsd.buffer.tensors()
+    tensors = method.buffer.tensors()
     found["probe_buffer_bytes"] = sum(tensor.nbytes for tensor in tensors.values())
-    found["probe_buffer_response_tokens"] = len(slsd.buffer.log_tail)
+    found["probe_buffer_response_tokens"] = len(method.buffer.log_tail)
     found["probe_buffer_bytes_at_500x256"] = (
         found["probe_buffer_bytes"] / found["probe_buffer_response_tokens"] * 500 * 256
     )
-    session.keep_prefix(list(slsd.buffer), "probes")
-    session.model.train()
+    passes.keep_prefix(list(method.buffer), "probes")
+    passes.model.train()
     steps = iter(range(0, 10**6, cfg.kd_every))
 
     def distil():
-        slsd.aux_backward(next(steps), lambda loss: loss.backward())
+        method.aux_backward(next(steps), lambda loss: loss.backward())
 
     found["kd_seconds"] = median_seconds(distil, device, 15)
-    session.model.eval()
+    passes.model.eval()
     found["save_seconds"] = median_seconds(
-        lambda: session.save({}, {"aux": slsd.state()}), torch.device("cpu")
+        lambda: session.journal.save({}, {"method": method.state()}), torch.device("cpu")
     )
     return found
 
@@ -220,7 +226,7 @@ def slsd_share(cfg, result: dict, samples: int, epochs: int) -> float:
     return (probes + kd) / (steps * result["seconds_per_step"])
 
 
-def checkpoint_at_7b(tokenizer) -> dict:
+def checkpoint_at_7b(cfg, tokenizer) -> dict:
     """Seconds and bytes of a stage checkpoint of LLaMA-2-7B's shape; the base has no weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -231,14 +237,11 @@ def checkpoint_at_7b(tokenizer) -> dict:
         if isinstance(layer, DSLoRALinear):
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 setattr(layer, name, nn.Parameter(torch.randn(parameter.shape)))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "stage"
-
-        def save():
-            save_checkpoint(path, model, tokenizer, {"base_model": "llama7b"})
-
-        seconds = median_seconds(save, torch.device("cpu"))
-        size = sum(file.stat().st_size for file in path.iterdir())
+    of_model = Passes(cfg, model, tokenizer, torch.device("cpu"), StopSignals())
+    path = Path(cfg.save_dir) / "stage"
+    journal = Journal(cfg, of_model, {"base_model": "llama7b"}, RunState(path), {})
+    seconds = median_seconds(lambda: journal.save_checkpoint(path.name), of_model.device)
+    size = sum(file.stat().st_size for file in path.iterdir())
     return {"checkpoint_7b_seconds": seconds, "checkpoint_7b_bytes": size}
 
 
@@ -271,6 +274,7 @@ def main():
     default = BaseConfig if device.type == "cuda" else SmolLM2Config
     cfg = BaseConfig(
         model_name=args.model,
+        task_order=[TASK],
         max_seq_len=args.max_seq_len,
         tokens_per_pass=args.tokens_per_pass or default.tokens_per_pass,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -299,24 +303,24 @@ def main():
     shuffled = Rows(rows)
     for place, row in zip(data_order(cfg.seed, TASK, 0, need), rows, strict=True):
         shuffled[place] = row
-    state = RunState(f"{folder.name}/state")
-    session_data = {TASK: TaskData(shuffled, shuffled)}
     pad = tokenizer or argparse.Namespace(pad_token_id=0)
-    session = Session(cfg, model, pad, device, session_data, {}, state, {}, StopSignals())
+    of_run = Passes(cfg, model, pad, device, StopSignals())
+    journal = Journal(cfg, of_run, {}, RunState(f"{folder.name}/state"), {})
+    session = Session({TASK: TaskData(shuffled, shuffled)}, of_run, journal)
 
     result = {"model": args.model, "prefix": args.prefix, "without": args.without}
     if args.prefix == "kept":
         begun = time.perf_counter()
-        session.keep_prefix(shuffled, "frozen layers")
+        of_run.keep_prefix(shuffled, "frozen layers")
         result["prefix_seconds"] = time.perf_counter() - begun
-        result["prefix_gib"] = session.prefix.used / 2**30
+        result["prefix_gib"] = of_run.prefix.used / 2**30
     clock = Clock(device)
-    train_task(cfg, session, TASK, clock)
+    TaskTraining(cfg, of_run, TASK, shuffled, clock, journal=journal).run()
     marks = clock.marks[args.warmup - 1 :]
     counted = rows[cfg.samples_per_step * args.warmup :]
     seconds = marks[-1] - marks[0]
     tokens = sum(len(sample["input_ids"]) for sample in counted)
-    responses = sum(int((sample["labels"] != IGNORE).sum()) for sample in counted)
+    responses = sum(map(response_tokens, counted))
     result |= {
         "steps": args.steps,
         "seconds_per_step": seconds / args.steps,
@@ -336,7 +340,7 @@ def main():
         result |= bench_parts(cfg, session, rows)
         result["slsd_share"] = slsd_share(cfg, result, samples=2000, epochs=BaseConfig.num_epochs)
         if tokenizer:
-            result |= checkpoint_at_7b(tokenizer)
+            result |= checkpoint_at_7b(cfg, tokenizer)
     for name, value in result.items():
         print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
     print(json.dumps(result))

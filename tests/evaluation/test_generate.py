@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,28 +11,28 @@ import chat
 import evaluate_tasks
 import train_slsd_seq
 from configs.command_line import UserError
-from evaluation import generate
 from evaluation.generate import generate, left_padded, prompt_ids
 from evaluation.questions import (
     Questions,
     benchmark_questions,
     judge_all,
-    judge_calls,
-    judge_code,
-    judge_math,
     score,
 )
-from training.passes import StopSignals
-from utils_data import IGNORE, InstructionDataset
+from evaluation.readings import BASE, Stage
+from models.forward import IGNORE
+from tasks.code import judge_code
+from tasks.math import judge_math
+from tasks.tool import judge_calls
+from training.passes import Passes, StopSignals
+from utils_data import InstructionDataset
 
 TASKS = ["T1_general", "T2_math", "T3_code"]
 
 
 @pytest.fixture
-def session(make_config, tokenizer):
+def passes(make_config, tokenizer):
     model = randomise(inject(make_model()))
-    cfg, cpu = make_config(), torch.device("cpu")
-    return Session(cfg, model, tokenizer, cpu, {}, {}, None, {}, StopSignals())
+    return Passes(make_config(), model, tokenizer, torch.device("cpu"), StopSignals())
 
 
 def plainly(model, prompt, most, eos):
@@ -56,35 +55,35 @@ def test_prompts_are_those_of_training_and_hold_no_answer(tokenizer):
         assert prompt_ids(tokenizer, [{**row, "output": "another"}], 64) == [prompt]
 
 
-def test_answers_are_greedy_whatever_the_batch_and_the_models_own_settings(session):
-    prompts = prompt_ids(session.tokenizer, make_rows("T2_math", 7), 64)
-    eos = session.tokenizer.eos_token_id
+def test_answers_are_greedy_whatever_the_batch_and_the_models_own_settings(passes):
+    prompts = prompt_ids(passes.tokenizer, make_rows("T2_math", 7), 64)
+    eos = passes.tokenizer.eos_token_id
     expected = [
-        session.tokenizer.decode(plainly(session.model, p, 12, eos), skip_special_tokens=True)
+        passes.tokenizer.decode(plainly(passes.model, p, 12, eos), skip_special_tokens=True)
         for p in prompts
     ]
     assert len(set(expected)) > 1
-    own = session.model.generation_config
+    own = passes.model.generation_config
     own.do_sample, own.temperature, own.top_k, own.num_beams = True, 3.0, 7, 2
     for tokens_per_pass in (1, 5, 1000):
-        session.tokens_per_pass = tokens_per_pass
-        assert generate(session, prompts, 12) == [text.strip() for text in expected]
-    assert session.model.generation_config is own and own.temperature == 3.0
+        passes.tokens_per_pass = tokens_per_pass
+        assert generate(passes, prompts, 12) == [text.strip() for text in expected]
+    assert passes.model.generation_config is own and own.temperature == 3.0
 
 
-def test_generation_stops_at_eos(session):
+def test_generation_stops_at_eos(passes):
     """With an output embedding that always says eos, nothing is answered."""
     with torch.no_grad():
-        session.model.lm_head.weight.zero_()
-        session.model.model.norm.weight.zero_()
-    session.model.lm_head = torch.nn.Linear(32, 320)
-    torch.nn.init.zeros_(session.model.lm_head.weight)
+        passes.model.lm_head.weight.zero_()
+        passes.model.model.norm.weight.zero_()
+    passes.model.lm_head = torch.nn.Linear(32, 320)
+    torch.nn.init.zeros_(passes.model.lm_head.weight)
     with torch.no_grad():
-        session.model.lm_head.bias.zero_()[session.tokenizer.eos_token_id] = 1.0
+        passes.model.lm_head.bias.zero_()[passes.tokenizer.eos_token_id] = 1.0
     lengths = []
-    plain = session.model.generate
-    session.model.generate = lambda **k: lengths.append(plain(**k).shape[1]) or plain(**k)
-    assert generate(session, [[5, 6, 7]], 50) == [""]
+    plain = passes.model.generate
+    passes.model.generate = lambda **k: lengths.append(plain(**k).shape[1]) or plain(**k)
+    assert generate(passes, [[5, 6, 7]], 50) == [""]
     assert lengths == [4]
 
 
@@ -94,18 +93,18 @@ def test_padding_is_on_the_left():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_out_of_memory_halves_the_batch(session, monkeypatch, capsys):
-    prompts = prompt_ids(session.tokenizer, make_rows("T2_math", 8), 64)
-    session.tokens_per_pass = 1000
-    expected, plain = generate(session, prompts, 5), session.model.generate
+def test_out_of_memory_halves_the_batch(passes, monkeypatch, capsys):
+    prompts = prompt_ids(passes.tokenizer, make_rows("T2_math", 8), 64)
+    passes.tokens_per_pass = 1000
+    expected, plain = generate(passes, prompts, 5), passes.model.generate
 
     def limited(**inputs):
         if len(inputs["input_ids"]) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(**inputs)
 
-    monkeypatch.setattr(session.model, "generate", limited)
-    assert generate(session, prompts, 5) == expected
+    monkeypatch.setattr(passes.model, "generate", limited)
+    assert generate(passes, prompts, 5) == expected
     assert "going on with --tokens_per_pass" in capsys.readouterr().out
 
 
@@ -191,7 +190,7 @@ def test_a_stage_is_asked_in_every_reading(trained, tmp_path, capsys):
 
 def test_what_cannot_be_asked_is_told_at_once(trained, tmp_path, capsys):
     assert evaluate_tasks.main([*trained, "--branches", "own", "--checkpoint", "base"]) == 2
-    assert "a model trained by seq_lora is read as latest" in errors(capsys)[0]
+    assert "--branches own: base of ds_lora is read as latest" in errors(capsys)[0]
     assert evaluate_tasks.main([*trained, "--checkpoint", str(tmp_path)]) == 2
     assert "is no stage checkpoint" in errors(capsys)[0]
     folder = tmp_path / "checkpoints" / "seq_T3_code"
@@ -202,14 +201,14 @@ def test_what_cannot_be_asked_is_told_at_once(trained, tmp_path, capsys):
     assert any("T3_code comes before T4_tool was learned" in line for line in lines)
     assert any("own needs the checkpoints of T4_tool" in line for line in lines)
     assert any("has no router.safetensors" in line for line in lines)
-    assert any("--branches best: a model trained by ds_lora" in line for line in lines)
+    assert any("--branches best: T3_code of ds_lora is read as" in line for line in lines)
     first = str(tmp_path / "checkpoints" / "seq_T1_general")
     assert evaluate_tasks.main([*trained, "--recovery", "true", "--checkpoint", first]) == 2
     assert "--recovery: no task was learned before T1_general" in errors(capsys)[0]
     assert evaluate_tasks.main([*trained, "--max_new_tokens", "-1"]) == 2
-    assert "--max_new_tokens -1: give 0 or" in errors(capsys)[0]
+    assert "max_new_tokens is -1: give 0 or" in errors(capsys)[0]
     assert chat.main([*trained, "--max_new_tokens", "0"]) == 2
-    assert "--max_new_tokens 0: give 1 or" in errors(capsys)[0]
+    assert "max_new_tokens is 0: give 1 or" in errors(capsys)[0]
     (tmp_path / "file").touch()
     assert evaluate_tasks.main([*trained, "--log_dir", str(tmp_path / "file")]) == 2
     assert "file cannot be written: File exists" in errors(capsys)[0]
@@ -357,9 +356,9 @@ def test_a_chat_changes_its_reading_and_its_stage(trained, tmp_path, monkeypatch
     assert "error: what was typed is not UTF-8" in lines
 
 
-def test_a_chat_says_what_generation_says(session, monkeypatch, capsys):
-    stage = SimpleNamespace(session=session, method="ds_lora", router=None, name="base")
+def test_a_chat_says_what_generation_says(passes, make_config, monkeypatch, capsys):
+    stage = Stage(BASE, make_config(), passes)
     chat.say(stage, "latest", "", "sum 1 and 2", 9)
     row = {"instruction": "sum 1 and 2", "input": ""}
-    prompts = prompt_ids(session.tokenizer, [row], session.cfg.max_seq_len)
-    assert capsys.readouterr().out.strip() == generate.generate(session, prompts, 9)[0]
+    prompts = prompt_ids(passes.tokenizer, [row], stage.cfg.max_seq_len)
+    assert capsys.readouterr().out.strip() == generate(passes, prompts, 9)[0]

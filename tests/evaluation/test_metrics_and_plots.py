@@ -115,7 +115,7 @@ def test_the_metrics_against_arrays(lower, missing):
         assert retention(matrix, lower) == pytest.approx(expected, nan_ok=True)
 
 
-def write_run(folder, matrix, drift=(), readings=None, **config):
+def write_run(folder, matrix, drift=(), readings=None, is_one_model=True, **config):
     """The log folder of a finished run over the tasks A, B, ..."""
     tasks = [chr(ord("A") + i) for i in range(len(matrix[0]))]
     cells = [[None if math.isnan(x) else x for x in row] for row in matrix]
@@ -124,6 +124,7 @@ def write_run(folder, matrix, drift=(), readings=None, **config):
     config = {"seed": 1, "method": "ds_lora", "log_dir": str(folder), **config}
     folder.mkdir(parents=True)
     summary = {"tasks": tasks, "matrix": cells, **metrics, "stages": stages, "config": config}
+    summary["is_one_model"] = is_one_model
     (folder / "seq_summary.json").write_text(json.dumps(summary))
     rows = [
         {"stage": s, "eval_task": task, "branches": "latest", "loss": cells[t][i]}
@@ -206,6 +207,9 @@ def test_logs_from_before_there_were_readings_are_compared(tmp_path):
     log = run / "seq_eval_loss.jsonl"
     log.write_text(log.read_text().replace('"branches": "latest", ', ""))
     assert "branches" not in log.read_text()
+    summary = json.loads((run / "seq_summary.json").read_text())
+    del summary["is_one_model"]
+    (run / "seq_summary.json").write_text(json.dumps(summary))
     assert plot_loss.main(["compare", str(run), "--log_dir", str(tmp_path)]) == 0
 
 
@@ -284,7 +288,7 @@ def test_answers_are_told_stage_by_stage_and_cannot_steer_a_terminal():
 
 
 def test_a_bank_is_told_by_its_own_loras(tmp_path):
-    run = write_run(tmp_path / "bank", LOSSES, (), {"own": 1.5}, method="bank")
+    run = write_run(tmp_path / "bank", LOSSES, (), {"own": 1.5}, is_one_model=False)
     assert plot_loss.main(["compare", run, "--log_dir", str(tmp_path)]) == 0
     text = (tmp_path / "compare.md").read_text()
     cells = dict(zip(*(table_of(text)[name] for name in ("header", "bank")), strict=False))

@@ -13,12 +13,12 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from helpers import ROOT
 
 from configs.command_line import UserError
-from evaluation import sandbox
+from evaluation import sandbox as sandbox_module
 from evaluation.sandbox import DISK_MIB, PROCESSES, check_sandbox, passes_tests
 
-ROOT = Path(__file__).resolve().parents[1]
 SQUARE = "def f(x):\n    return x * x\n"
 CUBE = "def f(x):\n    return x * x * x\n"
 TESTS = ["assert f(2) == 4", "assert f(-3) == 9"]
@@ -239,7 +239,10 @@ def test_no_process_survives(name):
 
 
 def test_a_killed_caller_takes_the_program_along(name):
-    code = "import sys\nfrom evaluation import sandbox\nsandbox.passes_tests(sys.argv[1], ['0'], seconds=30)"
+    code = (
+        "import sys\nfrom evaluation.sandbox import passes_tests\n"
+        "passes_tests(sys.argv[1], ['0'], seconds=30)"
+    )
     program = named(name, "import time\ntime.sleep(20)")
     caller = subprocess.Popen([sys.executable, "-c", code, program], cwd=ROOT)
     started = wait_until(lambda: alive(name), 15)
@@ -408,11 +411,11 @@ def test_several_at_once():
 
 def test_without_isolation_nothing_is_run(tmp_path, monkeypatch):
     """The real launcher, but its new root cannot be mounted: one line that says what to mend."""
-    source = Path(sandbox.__file__).read_text()
+    source = Path(sandbox_module.__file__).read_text()
     broken = tmp_path / "launcher.py"
     broken.write_text(source.replace('ROOT = "/proc"', 'ROOT = "/no/such/folder"'))
     assert broken.read_text() != source
-    monkeypatch.setattr(sandbox, "__file__", str(broken))
+    monkeypatch.setattr(sandbox_module, "__file__", str(broken))
     program = f"open({str(tmp_path / 'ran')!r}, 'w').close()"
     for attempt in (check_sandbox, lambda: holds(program)):
         with pytest.raises(UserError, match="mount: No such file.*run as root, or let") as caught:
@@ -422,7 +425,7 @@ def test_without_isolation_nothing_is_run(tmp_path, monkeypatch):
 
 
 def test_a_sandbox_that_fails_right_programs_is_none(monkeypatch):
-    monkeypatch.setattr(sandbox, "passes_tests", lambda *_, **__: False)
+    monkeypatch.setattr(sandbox_module, "passes_tests", lambda *_, **__: False)
     with pytest.raises(UserError, match="a right program fails"):
         check_sandbox()
 

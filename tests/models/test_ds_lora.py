@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import inject, make_model, randomise
-from peft import PeftModel
+from helpers import inject, make_model, make_samples, mean_loss, parameters, randomise
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, load_file, save_file
 from torch import nn
 from transformers import (
@@ -23,9 +23,11 @@ from models.ds_lora import (
     InputDropout,
     branch_off,
     branch_parameters,
+    branches_restored,
     ds_lora_layers,
     find_decoder_layers,
     get_ds_lora_param_groups,
+    get_lora_param_groups,
     load_adapter,
     replace_with_ds_lora,
     reset_branch,
@@ -193,7 +195,7 @@ def test_a_fresh_branch_adds_nothing_and_spares_the_other():
     slow = [p.clone() for p in branch_parameters(model, "slow")]
     with torch.no_grad(), branch_off(model, "fast"):
         without = model(IDS).logits
-    reset_branch(model, "fast")
+    reset_branch(model, "fast", 0)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, without)
     assert all(map(torch.equal, slow, branch_parameters(model, "slow")))
@@ -265,3 +267,45 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     (tmp_path / "ds_lora.json").write_text("[]")
     with pytest.raises(ValueError, match="not a whole DS-LoRA checkpoint"):
         load_adapter(model, tmp_path)
+
+
+def step(model, groups, samples):
+    optimizer = torch.optim.AdamW(groups)
+    for _ in range(3):
+        optimizer.zero_grad()
+        mean_loss(model, samples).backward()
+        optimizer.step()
+
+
+def test_both_branches_at_one_rate_are_one_lora_of_twice_the_rank(tmp_path):
+    """Three AdamW steps of ours and of PEFT's LoRA of rank 8 give the same product B A."""
+    ours, samples = randomise(inject(make_model(), r=4, alpha=8)), make_samples([9, 14])
+    options = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [2, 3]}
+    peft = get_peft_model(make_model(), LoraConfig(r=8, lora_alpha=16, **options))
+    for name, layer in ds_lora_layers(ours).items():
+        theirs = peft.get_submodule(f"base_model.model.{name}")
+        (A_slow, B_slow), (A_fast, B_fast) = layer.branch("slow"), layer.branch("fast")
+        theirs.lora_A.default.weight.data = torch.cat([A_slow, A_fast]).detach().clone()
+        theirs.lora_B.default.weight.data = torch.cat([B_slow, B_fast], 1).detach().clone()
+    step(ours, get_lora_param_groups(ours, 1e-2, 0.01), samples)
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    step(peft, [{"params": trained, "lr": 1e-2, "weight_decay": 0.01}], samples)
+    for name, layer in ds_lora_layers(ours).items():
+        theirs = peft.get_submodule(f"base_model.model.{name}")
+        B = torch.cat([layer.branch("slow")[1], layer.branch("fast")[1]], 1)
+        torch.testing.assert_close(B, theirs.lora_B.default.weight, atol=1e-5, rtol=1e-4)
+
+
+def test_one_branch_is_loaded_and_the_other_stays_and_all_comes_back(tmp_path):
+    model = randomise(inject(make_model()), seed=1)
+    save_adapter(model, tmp_path, "base")
+    saved = [p.clone() for p in parameters(model)]
+    randomise(model, seed=2)
+    before = [p.clone() for p in parameters(model)]
+    half = len(saved) // 2
+    with branches_restored(model):
+        load_adapter(model, tmp_path, ("fast",))
+        now = parameters(model)
+        assert all(torch.equal(a, b) for a, b in zip(now[:half], before[:half], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(now[half:], saved[half:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parameters(model), before, strict=True))

@@ -8,24 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import inject, make_model, make_rows, randomise
+from helpers import inject, make_journal, make_model, make_rows, mean_loss, randomise
 
 import train_slsd_seq
 from configs.command_line import UserError
 from models.ds_lora import BRANCHES, branch_parameters, get_ds_lora_param_groups, load_adapter
-from training.loop import clip_grad_norm, evaluate_loss, lr_multiplier, train_task
-from training.passes import StopSignals
+from models.forward import IGNORE, response_tokens
+from training.loop import TaskTraining, clip_grad_norm, evaluate_loss, lr_multiplier
 from training.plan import count_steps
-from training.saving import JsonlLog, RunState, save_checkpoint
-from training.session import enable_checkpointing
+from training.saving import JsonlLog
+from training.session import Session, enable_checkpointing
 from utils_data import prepare_task
 
 TASK = "T2_math"
 
 
 @pytest.fixture
-def make_session(make_config, tokenizer, tmp_path):
+def make_session(make_config, tokenizer):
     """Builds a session on the tiny model, both branches random, with some fields changed."""
 
     def build(checkpointing=False, new=False, base_dtype=torch.float32, **changes):
@@ -38,11 +37,8 @@ def make_session(make_config, tokenizer, tmp_path):
         data = {
             task: prepare_task(cfg, tokenizer, task, make_rows(task, 30)) for task in cfg.task_order
         }
-
-        state, base = RunState(tmp_path / "state"), {"base_model": "tiny"}
-        device = torch.device("cpu")
-        session = Session(cfg, model, tokenizer, device, data, base, state, {}, StopSignals())
-        return cfg, session
+        journal = make_journal(cfg, model, tokenizer)
+        return cfg, Session(data, journal.passes, journal)
 
     return build
 
@@ -52,7 +48,8 @@ def run(cfg, session, tmp_path, task=TASK, **kwargs):
     path = tmp_path / "log.jsonl"
     path.unlink(missing_ok=True)
     with JsonlLog(path) as log:
-        train_task(cfg, session, task, log, **kwargs)
+        samples, journal = session.data[task].train, session.journal
+        TaskTraining(cfg, session.passes, task, samples, log, journal=journal, **kwargs).run()
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -68,8 +65,8 @@ def test_three_steps_against_a_loop_by_hand(make_session, tmp_path):
     cfg, session = make_session(
         lora_dropout=0.0, lr_schedule="constant", warmup_ratio=0.0, max_grad_norm=0.5
     )
-    model, steps, cut = copy.deepcopy(session.model), [], session.make_passes
-    session.make_passes = lambda samples: steps.append(samples) or cut(samples)
+    model, steps, cut = copy.deepcopy(session.passes.model), [], session.passes.make
+    session.passes.make = lambda samples: steps.append(samples) or cut(samples)
     lines = run(cfg, session, tmp_path)
     assert [len(samples) for samples in steps] == [8, 8, 8]
     assert (
@@ -86,7 +83,7 @@ def test_three_steps_against_a_loop_by_hand(make_session, tmp_path):
         for sample in samples:
             logits = model(sample["input_ids"][None]).logits[0]
             for position, label in enumerate(sample["labels"].tolist()):
-                if label != -100:
+                if label != IGNORE:
                     losses.append(-logits[position - 1].log_softmax(-1)[label])
         loss = sum(losses) / len(losses)
         loss.backward()
@@ -99,7 +96,7 @@ def test_three_steps_against_a_loop_by_hand(make_session, tmp_path):
             optimizer.step()
             optimizer.zero_grad()
     for name, params in (("slow", slow), ("fast", fast)):
-        for ours, expected in zip(values(session.model, name), params, strict=True):
+        for ours, expected in zip(values(session.passes.model, name), params, strict=True):
             torch.testing.assert_close(ours, expected.detach(), atol=1e-5, rtol=1e-3)
 
 
@@ -109,12 +106,13 @@ def test_kd_leaves_fast_bitwise_alone_and_moves_slow(make_session, tmp_path, che
     results = {}
     for weight in (0.0, 5.0):
         cfg, session = make_session(checkpointing, max_steps_per_task=1, kd_lambda=weight)
+        model = session.passes.model
         slsd = train_slsd_seq.make_method(cfg, session)
-        slsd.begin_task(TASK, session.data[TASK].train)
-        randomise(session.model, seed=7)
-        before = values(session.model, "slow")
-        (line,) = run(cfg, session, tmp_path, aux=slsd, stage=TASK)
-        results[weight] = values(session.model, "fast"), values(session.model, "slow"), line
+        slsd.read_pool(TASK, session.data[TASK].train)
+        randomise(model, seed=7)
+        before = values(model, "slow")
+        (line,) = run(cfg, session, tmp_path, method=slsd, stage=TASK)
+        results[weight] = values(model, "fast"), values(model, "slow"), line
         assert not same(before, results[weight][1])
     (fast, slow, line), (fast_kd, slow_kd, line_kd) = results.values()
     assert same(fast, fast_kd)
@@ -127,8 +125,9 @@ def test_checkpointing_changes_no_number_and_leaves_the_bottom_out(make_session,
     lines = {}
     for checkpointing in (False, True):
         cfg, session = make_session(checkpointing)
+        model = session.passes.model
         calls = []
-        for i, layer in enumerate(session.model.model.layers):
+        for i, layer in enumerate(model.model.layers):
             hook = partial(
                 lambda i, calls, m, args: calls.append((i, args[0].requires_grad)), i, calls
             )
@@ -156,11 +155,12 @@ def test_how_a_step_is_computed_changes_no_result_in_twenty_steps(make_session, 
     for changes in ({}, other):
         options = {"lora_dropout": 0.0, "tokens_per_pass": 64, "num_epochs": 10} | changes
         cfg, session = make_session(max_steps_per_task=20, per_device_batch_size=1, **options)
-        session.keep_prefix(session.data[TASK].train, "frozen layers")
-        assert bool(session.prefix.used) == ("prefix_cache_gib" not in changes)
+        model = session.passes.model
+        session.passes.keep_prefix(session.data[TASK].train, "frozen layers")
+        assert bool(session.passes.prefix.used) == ("prefix_cache_gib" not in changes)
         lines = run(cfg, session, tmp_path)
-        held_out = evaluate_loss(session, session.data[TASK].held_out)
-        branches = [torch.cat([v.flatten() for v in values(session.model, b)]) for b in BRANCHES]
+        held_out = evaluate_loss(session.passes, session.data[TASK].held_out)
+        branches = [torch.cat([v.flatten() for v in values(model, b)]) for b in BRANCHES]
         results.append(([line["loss"] for line in lines], held_out, branches))
     (losses, held_out, branches), (other_losses, other_held_out, other_branches) = results
     assert len(losses) == 20 and other_losses == pytest.approx(losses, rel=1e-5)
@@ -175,8 +175,9 @@ def test_batch_size_and_accumulation_are_one_number(make_session, tmp_path):
         cfg, session = make_session(
             per_device_batch_size=batch, gradient_accumulation_steps=accumulation
         )
+        model = session.passes.model
         run(cfg, session, tmp_path)
-        results.append(values(session.model, "fast"))
+        results.append(values(model, "fast"))
     assert same(*results)
 
 
@@ -184,10 +185,11 @@ def test_each_branch_moves_by_its_own_rate(make_session, tmp_path):
     cfg, session = make_session(
         max_steps_per_task=1, lr_slow=1e-4, lr_fast=3e-3, weight_decay=0.0, warmup_ratio=0.0
     )
-    before = {branch: values(session.model, branch) for branch in ("slow", "fast")}
+    model = session.passes.model
+    before = {branch: values(model, branch) for branch in ("slow", "fast")}
     run(cfg, session, tmp_path)
     for branch, rate in (("slow", 1e-4), ("fast", 3e-3)):
-        pairs = zip(before[branch], values(session.model, branch), strict=True)
+        pairs = zip(before[branch], values(model, branch), strict=True)
         moves = torch.cat([(new - old).abs().flatten() for old, new in pairs])
         # Adam's first step is the rate itself wherever the gradient is not tiny.
         assert moves.max().item() == pytest.approx(rate, rel=0.01)
@@ -214,14 +216,14 @@ def test_steps_are_counted_with_a_partial_last_one(make_config):
 
 def test_log_windows_are_token_weighted_and_the_last_is_flushed(make_session, tmp_path):
     cfg, session = make_session(num_epochs=2, logging_steps=1)
-    steps, cut = [], session.make_passes
-    session.make_passes = lambda samples: steps.append(samples) or cut(samples)
+    steps, cut = [], session.passes.make
+    session.passes.make = lambda samples: steps.append(samples) or cut(samples)
     single = run(cfg, session, tmp_path)
     cfg, session = make_session(num_epochs=2, logging_steps=4)
     windows = run(cfg, session, tmp_path)
     assert [line["step"] for line in windows] == [4, 6]
     assert [line["epoch"] for line in windows] == [2, 2]
-    tokens = [sum(int((s["labels"] != -100).sum()) for s in samples) for samples in steps]
+    tokens = [sum(map(response_tokens, samples)) for samples in steps]
     for window, part in zip(windows, (slice(0, 4), slice(4, 6)), strict=True):
         mean = sum(t * line["loss"] for t, line in zip(tokens[part], single[part], strict=True))
         assert window["loss"] == pytest.approx(mean / sum(tokens[part]), rel=1e-5)
@@ -230,28 +232,30 @@ def test_log_windows_are_token_weighted_and_the_last_is_flushed(make_session, tm
 def test_save_load_train_equals_train(make_session, tmp_path):
     cfg, session = make_session()
     run(cfg, session, tmp_path)
-    save_checkpoint(tmp_path / "c", session.model, session.tokenizer, session.about_base)
+    session.journal.save_checkpoint("c")
     run(cfg, session, tmp_path, task="T3_code")
 
     _, resumed = make_session(new=True)
-    load_adapter(resumed.model, tmp_path / "c")
+    load_adapter(resumed.passes.model, Path(cfg.save_dir) / "c")
     run(cfg, resumed, tmp_path, task="T3_code")
     for branch in ("slow", "fast"):
-        assert same(values(session.model, branch), values(resumed.model, branch))
+        assert same(values(session.passes.model, branch), values(resumed.passes.model, branch))
 
 
 def test_the_slow_branch_learns_in_the_first_task(make_session, tmp_path):
     cfg, session = make_session(new=True)
+    model = session.passes.model
     run(cfg, session, tmp_path, task="T1_general")
-    for layer_B in values(session.model, "slow")[1::2]:
+    for layer_B in values(model, "slow")[1::2]:
         assert layer_B.abs().max() > 0
 
 
 def test_the_base_never_moves(make_session, tmp_path):
     cfg, session = make_session()
-    before = {n: p.clone() for n, p in session.model.named_parameters() if "lora_" not in n}
+    model = session.passes.model
+    before = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
     run(cfg, session, tmp_path)
-    after = dict(session.model.named_parameters())
+    after = dict(model.named_parameters())
     assert all(torch.equal(p, after[n]) for n, p in before.items())
 
 
@@ -285,44 +289,40 @@ def test_a_threshold_that_keeps_nothing_warns_and_trains(make_session, tmp_path,
 
 def test_evaluation_is_weighted_by_tokens_and_restores_train_mode(make_session):
     _, session = make_session(lora_dropout=0.5)
+    model = session.passes.model
     samples = session.data[TASK].held_out
-    session.model.train()
-    result = evaluate_loss(session, samples)
-    assert (
-        session.model.training and session.model.model.layers[2].self_attn.q_proj.dropout.training
-    )
-    session.model.eval()
-    total, tokens = 0.0, 0
-    for sample in samples:
-        logits = session.model(sample["input_ids"][None]).logits[0, :-1]
-        total += F.cross_entropy(logits, sample["labels"][1:], reduction="sum").item()
-        tokens += int((sample["labels"] != -100).sum())
-    assert result == {"loss": pytest.approx(total / tokens, rel=1e-5), "tokens": tokens}
+    model.train()
+    result = evaluate_loss(session.passes, samples)
+    assert model.training and model.model.layers[2].self_attn.q_proj.dropout.training
+    model.eval()
+    loss, tokens = mean_loss(model, samples).item(), sum(map(response_tokens, samples))
+    assert result == {"loss": pytest.approx(loss, rel=1e-5), "tokens": tokens}
 
 
 @pytest.mark.parametrize("poisoned", ["loss", "gradient", "kd"])
 def test_what_is_not_finite_stops_the_run_before_the_weights(make_session, tmp_path, poisoned):
     cfg, session = make_session()
+    model = session.passes.model
     slsd = None
     if poisoned == "loss":
         ids = session.data[TASK].train[3]["input_ids"]
         hook = lambda m, a, out: out.masked_fill(a[0].eq(ids[-3])[..., None], torch.nan)  # noqa: E731
-        session.model.get_input_embeddings().register_forward_hook(hook)
+        model.get_input_embeddings().register_forward_hook(hook)
     elif poisoned == "gradient":
-        branch_parameters(session.model, "slow")[0].register_hook(lambda grad: grad * torch.inf)
+        branch_parameters(model, "slow")[0].register_hook(lambda grad: grad * torch.inf)
     else:
         slsd = train_slsd_seq.make_method(cfg, session)
-        slsd.begin_task(TASK, session.data[TASK].train)
+        slsd.read_pool(TASK, session.data[TASK].train)
         slsd.buffer.log_probs[:] = torch.nan
-    before = values(session.model, "slow") + values(session.model, "fast")
+    before = values(model, "slow") + values(model, "fast")
     message = {
         "loss": "the loss is not",
         "gradient": "a gradient is",
         "kd": "the distillation loss",
     }
     with pytest.raises(UserError, match=f"T2_math, step 1: {message[poisoned]}.*float32"):
-        run(cfg, session, tmp_path, aux=slsd, stage=TASK)
-    assert same(before, values(session.model, "slow") + values(session.model, "fast"))
+        run(cfg, session, tmp_path, method=slsd, stage=TASK)
+    assert same(before, values(model, "slow") + values(model, "fast"))
     assert Path(tmp_path / "log.jsonl").read_text() == ""
 
 
@@ -331,17 +331,19 @@ def test_half_precision_bases_train_with_fp32_branches(make_session, tmp_path, b
     losses = []
     for dtype in (torch.float32, base_dtype):
         cfg, session = make_session(base_dtype=dtype)
+        model = session.passes.model
         slsd = train_slsd_seq.make_method(cfg, session)
-        slsd.begin_task(TASK, session.data[TASK].train)
-        lines = run(cfg, session, tmp_path, aux=slsd, stage=TASK)
+        slsd.read_pool(TASK, session.data[TASK].train)
+        lines = run(cfg, session, tmp_path, method=slsd, stage=TASK)
         losses.append([line["loss"] for line in lines])
-        assert all(p.dtype == torch.float32 for p in branch_parameters(session.model, "slow"))
+        assert all(p.dtype == torch.float32 for p in branch_parameters(model, "slow"))
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_an_overflow_in_float16_is_skipped_and_ten_in_a_row_stop(make_session, tmp_path):
     cfg, session = make_session(base_dtype=torch.float16, num_epochs=5)
-    parameter, steps = branch_parameters(session.model, "slow")[1], []
+    model = session.passes.model
+    parameter, steps = branch_parameters(model, "slow")[1], []
 
     def overflow(grad):
         steps.append(grad)
@@ -349,9 +351,9 @@ def test_an_overflow_in_float16_is_skipped_and_ten_in_a_row_stop(make_session, t
 
     handle = parameter.register_hook(overflow)
     before = []
-    session.make_passes = partial(
-        lambda cut, samples: before.append(values(session.model, "fast")) or cut(samples),
-        session.make_passes,
+    session.passes.make = partial(
+        lambda cut, samples: before.append(values(model, "fast")) or cut(samples),
+        session.passes.make,
     )
     lines = run(cfg, session, tmp_path)
     assert lines[1]["grad_norm_slow"] is None and lines[2]["grad_norm_slow"] > 0

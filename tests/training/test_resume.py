@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, contents, errors
+from helpers import ROOT, Killed, contents, die_in_a_pass, errors, fail_at, outcome
 
 import train_single_task
 import train_slsd_seq
-from training import plan, saving, session
+from configs.command_line import UserError
+from training import passes as passes_module
+from training import plan, saving
 from training.saving import JsonlLog, RunState, run_lock
 
 # Dropout on, KD on, several passes a step and a partial last step in each task; a state falls
@@ -248,7 +250,7 @@ def test_of_two_runs_that_race_one_is_refused(seq_flags, uninterrupted, tmp_path
 def test_a_signal_saves_and_the_same_command_goes_on(
     seq_flags, uninterrupted, tmp_path, monkeypatch, capsys, number, code
 ):
-    original, calls = session.make_passes, []
+    original, calls = passes_module.make_passes, []
 
     def signalling(*args):
         calls.append(1)
@@ -269,7 +271,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_out_of_memory_halves_the_passes_and_repeats_the_step(
     seq_flags, tmp_path, monkeypatch, capsys
 ):
-    original = session.make_passes
+    original = passes_module.make_passes
 
     def limited(samples, tokens_per_pass, *rest):
         for indices, batch, targets in original(samples, tokens_per_pass, *rest):
@@ -318,10 +320,22 @@ def test_a_dry_run_tells_what_would_be_resumed(seq_flags, tmp_path, monkeypatch,
     assert contents(tmp_path / "cut") == before
 
 
-def test_a_log_that_lost_lines_is_an_error(tmp_path):
-    (tmp_path / "log.jsonl").write_text("{}\n")
-    with pytest.raises(saving.UserError, match="has 3 bytes.*counts on 9"):
-        JsonlLog(tmp_path / "log.jsonl", size=9)
+def test_a_log_that_lost_or_changed_lines_is_an_error(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with JsonlLog(path) as log:
+        log.write(loss=1.0)
+        log.write(loss=2.0)
+        written = log.written()
+        log.write(loss=3.0)
+    JsonlLog(path, written).close()
+    whole = path.read_text()
+    assert whole == '{"loss": 1.0}\n{"loss": 2.0}\n'
+    path.write_text(whole.replace("2.0", "4.0"))
+    with pytest.raises(UserError, match="is not what this run has written"):
+        JsonlLog(path, written)
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match="has 3 bytes.*counts on 28"):
+        JsonlLog(path, written)
 
 
 def test_kill_minus_nine_at_random_moments(seq_flags, uninterrupted, tmp_path, request):

@@ -5,14 +5,14 @@ import resource
 
 import pytest
 import torch
-from helpers import inject, make_model
+from helpers import contents, inject, make_journal, make_model
 
 from training.saving import (
     JsonlLog,
+    RunState,
     atomic_file,
     atomic_folder,
     file_sha256,
-    save_checkpoint,
     write_json,
 )
 
@@ -34,25 +34,28 @@ def test_a_fault_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_that_fails_half_way_is_not_there(tmp_path, tokenizer, monkeypatch):
+def test_a_checkpoint_that_fails_half_way_is_not_there(
+    make_config, tmp_path, tokenizer, monkeypatch
+):
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
+    cfg = make_config(save_dir=str(tmp_path))
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path / "c", inject(make_model()), tokenizer, {"base_model": "b"})
+        make_journal(cfg, inject(make_model()), tokenizer).save_checkpoint("c")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("limit", [1000, 60_000])
-def test_a_full_disk_is_told_as_such(tmp_path, tokenizer, limit):
+def test_a_full_disk_is_told_as_such(make_config, tmp_path, tokenizer, limit):
     """At the adapter, or at the file that goes with it: a limit on file sizes stands in for it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    model, extra = inject(make_model()), {"router": {"mean": torch.zeros(100_000)}}
+    journal = make_journal(make_config(save_dir=str(tmp_path)), inject(make_model()), tokenizer)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            save_checkpoint(tmp_path / "c", model, tokenizer, {"base_model": "b"}, **extra)
+            journal.save_checkpoint("c", router={"mean": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
@@ -73,3 +76,39 @@ def test_numbers_that_are_not_finite_are_never_written(tmp_path):
 def test_sha256_of_a_known_text(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+
+
+def damaged_newest(folder, is_missing=False) -> list:
+    """The two states of `folder`, the newer one with a part that is empty or missing."""
+    state = RunState(folder)
+    for position in range(3):
+        state.save({"position": position}, {"branches": {"a": torch.zeros(2)}})
+    older, newest = state.found()
+    part = newest / "branches.safetensors"
+    part.unlink() if is_missing else part.write_bytes(b"")
+    return [older, newest]
+
+
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_reading_removes_nothing_and_what_is_damaged_goes_with_the_next_state(
+    tmp_path, capsys, is_missing
+):
+    older, newest = damaged_newest(tmp_path, is_missing)
+    before, state = contents(tmp_path), RunState(tmp_path)
+    assert state.load()[0] == {"position": 1}
+    assert f"{newest.name} is damaged" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    state.save({"position": 3}, {})
+    assert state.found()[0] == older and newest not in state.found()
+    assert state.load()[0] == {"position": 3}
+
+
+def test_only_exact_names_are_states(tmp_path):
+    older, newest = damaged_newest(tmp_path)
+    names = [f"{older.name}.bak", "state-1", f"my-{older.name}", older.name.upper()]
+    for name in names:
+        (tmp_path / name).mkdir()
+    state = RunState(tmp_path)
+    assert state.found() == [older, newest]
+    state.save({}, {}, keep=1)
+    assert len(state.found()) == 1 and all((tmp_path / name).is_dir() for name in names)
