@@ -7,11 +7,13 @@ that does not apply to a row is left out.
 import csv
 import json
 import random
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.command_line import UserError
-from evaluation.sandbox import check_sandbox, passes_tests
+from configs.command_line import UserError, is_first
+from evaluation.sandbox import SandboxFault, check_sandbox, passes_tests
 from tasks import code, find_task, math, safety, tool
 from tasks.scores import (
     accepted_call,
@@ -49,7 +51,12 @@ def judge_answered(_: dict, reply: str) -> dict[str, float]:
 
 
 def judge_program(row: dict, reply: str) -> dict[str, float]:
-    return {"pass@1": passes_tests(code_of(reply), row["tests"], row["imports"])}
+    """No score where the sandbox failed: that says nothing about the program."""
+    try:
+        return {"pass@1": passes_tests(code_of(reply), row["tests"], row["imports"])}
+    except SandboxFault as fault:
+        warnings.warn(f"a program could not be judged: {fault}", stacklevel=2)
+        return {}
 
 
 def judge_accepted(row: dict, reply: str) -> dict[str, float]:
@@ -75,11 +82,18 @@ def score(values: list[float]) -> dict[str, float]:
 
 
 def judge_all(questions: Questions, replies: list[str]) -> tuple[list[dict], dict[str, dict]]:
-    """(the scores of each reply, metric -> `score` of all that have it)."""
+    """(the scores of each reply, metric -> `score` of all that have it).
+
+    Warns how many have none at all.
+    """
     judged = [
         {name: float(value) for name, value in questions.judge(row, reply).items()}
         for row, reply in zip(questions.rows, replies, strict=True)
     ]
+    unjudged = judged.count({})
+    if unjudged and is_first():
+        told = f"{questions.name}: {unjudged} of {len(judged)} answers could not be judged"
+        print(f"warning: {told} and are in no score", file=sys.stderr)
     metrics = dict.fromkeys(name for of_reply in judged for name in of_reply)
     return judged, {
         name: score([of_reply[name] for of_reply in judged if name in of_reply]) for name in metrics

@@ -1,20 +1,35 @@
 """Runs model-written Python away from everything else and says whether it passes its tests.
 
-The program is process 1 of PID, mount, network and IPC namespaces of its own: killing it kills all
-that it started, and everything mounted goes with it. It sees the interpreter's folder and /usr,
-read only and without what is mounted inside them, and an empty /tmp in memory; nothing else of the
-disk, no /proc, no /dev, no network. It is nobody (started by root) or the user without any
-privilege (in a user namespace), and since it is in a chroot it can make no user namespace. Time,
-memory, processes, open files and file sizes are limited, the environment is empty, and what it
-prints goes nowhere. It can import the standard library only.
+Three processes: the launcher outside; the supervisor, process 1 of PID, mount, network and IPC
+namespaces of their own; and the program, its child, in a session of its own. The kernel lets the
+program send neither of the others a signal that counts, and ends all of the namespace when the
+supervisor ends: with the program, when the time is up, or when the launcher or the caller dies.
+Everything mounted goes too.
+
+The program sees the interpreter's folder and /usr, read only and without what is mounted inside
+them, and an empty /tmp in memory; nothing else of the disk, no /proc, no /dev, no network. It is a
+user of its own (started by root) or the user without any privilege (in a user namespace), and since
+it is in a chroot it can make no user namespace. Time, memory, processes, open files and file sizes
+are limited, the environment is empty, and what it prints goes nowhere. It can import the standard
+library only.
 
 This guards against programs that are wrong, clumsy or nosy, not against everything. Memory is
-limited per process, so a program can take `PROCESSES` times that. It shares the kernel, whose calls
-are not filtered. It shares the interpreter with its tests: one that searches the frames of its
-callers, or returns objects that claim to equal everything, can pass without being right.
+limited per process, so a program can take `PROCESSES` times that: no cgroup adds it up (version 2
+has none to give beneath a group that holds processes, as that of a session does). What the kernel
+keeps for it (the buffers of pipes and sockets, file locks) is not counted. It shares the kernel,
+few of whose calls are refused. It shares the interpreter with its tests: one that searches the
+frames of its callers, or returns objects that claim to equal everything, can pass without being
+right.
+
+What the machine does not give is found before the program begins and is no verdict. What it takes
+away later is the program's failure: memory, where it runs out and the kernel ends the program
+first, and time, where others take it.
 """
 
+import _thread
+import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
@@ -28,7 +43,7 @@ from pathlib import Path
 
 PROCESSES = 32
 DISK_MIB = 16
-NOBODY = 65534
+NO_GROUP = 65534
 
 # What imports need beside the interpreter's own folder; /lib and /lib64 are mostly links to /usr.
 SYSTEM = ("/usr", "/lib", "/lib64")
@@ -39,7 +54,22 @@ ROOT = "/proc"
 NEW_MOUNTS, NEW_IPC, NEW_USER = 0x20000, 0x8000000, 0x10000000
 NEW_PIDS, NEW_NETWORK = 0x20000000, 0x40000000
 READ_ONLY, NO_SUID, NO_DEVICES, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 32, 4096, 16384, 262144
-PARENT_DEATH_SIGNAL, NO_NEW_PRIVILEGES, CAPABILITY_VERSION = 1, 38, 0x20080522
+PARENT_DEATH_SIGNAL, DUMPABLE, NO_NEW_PRIVILEGES, CAPABILITY_VERSION = 1, 4, 38, 0x20080522
+
+# From <linux/filter.h>, <linux/seccomp.h> and <linux/audit.h>.
+SET_SECCOMP, FILTER = 22, 2
+LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+ALLOW, REFUSE = 0x7FFF0000, 0x50000 | errno.ENOSYS
+# By machine, its AUDIT_ARCH and the numbers of shmget, semget, msgget, memfd_create, memfd_secret,
+# io_uring_setup and bpf: calls that take memory which counts towards no limit of a process.
+REFUSED = {
+    "x86_64": (0xC000003E, (29, 64, 68, 319, 447, 425, 321)),
+    "aarch64": (0xC00000B7, (194, 190, 186, 279, 447, 425, 280)),
+}
+
+
+class SandboxFault(Exception):
+    """The sandbox failed, not the program in it, of which nothing is known. One line."""
 
 
 def passes_tests(
@@ -54,8 +84,8 @@ def passes_tests(
 
     `imports` run between the two. `seconds` limits the time that passes and the CPU time of each
     process, `memory_mib` the address space of each. No process, file or mount is left. Raises
-    SyntaxError where a test is not Python, ValueError without tests, and `UserError` where this
-    machine offers no isolation: nothing is ever run without it.
+    SyntaxError where a test is not Python, ValueError without tests, and `SandboxFault` where the
+    program could not be isolated or have what it is promised: nothing is ever run without that.
     """
     if not tests:
         raise ValueError("there are no tests to pass")
@@ -63,27 +93,36 @@ def passes_tests(
     for text in texts[1:]:
         compile(text, "<test>", "exec")
     request = {"texts": texts, "seconds": seconds, "memory": memory_mib << 20}
-    done = subprocess.run(
-        # Without site-packages, which the program is not to have.
-        [sys.executable, "-I", "-S", "-B", __file__],
-        input=json.dumps(request).encode(),
-        capture_output=True,
-        # The launcher keeps the time; this is for one that hangs.
-        timeout=seconds + 60,
-        cwd="/",
-        env={},
-        start_new_session=True,
-    )
+    try:
+        done = subprocess.run(
+            # Without site-packages, which the program is not to have.
+            [sys.executable, "-I", "-S", "-B", __file__],
+            input=json.dumps({**request, "caller": os.getpid()}).encode(),
+            capture_output=True,
+            # The launcher keeps the time; this is for one that hangs.
+            timeout=seconds + 60,
+            cwd="/",
+            env={},
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise SandboxFault("the launcher hangs") from None
+    except OSError as error:
+        raise SandboxFault(f"the launcher does not start: {error}") from error
     if done.stdout not in (b"pass", b"fail"):
         complaint = done.stderr.decode(errors="replace").strip() or "no reason given"
-        raise _no_sandbox(complaint.splitlines()[-1])
+        raise SandboxFault(complaint.splitlines()[-1])
     return done.stdout == b"pass"
 
 
 def check_sandbox() -> None:
     """Raises `UserError` where programs cannot be isolated; takes a fraction of a second."""
     program = "import collections, decimal, hashlib, heapq, itertools, math, re"
-    if not passes_tests(program, ["assert math.gcd(12, 18) == 6"], seconds=60):
+    try:
+        passed = passes_tests(program, ["assert math.gcd(12, 18) == 6"], seconds=60)
+    except SandboxFault as fault:
+        raise _no_sandbox(str(fault)) from fault
+    if not passed:
         raise _no_sandbox("a right program fails; the interpreter may need libraries elsewhere")
 
 
@@ -108,12 +147,28 @@ def _call(name: str, *arguments: int | str | bytes) -> None:
         raise OSError(error, f"{name}: {os.strerror(error)}")
 
 
+def _lone_user() -> int:
+    """A user whom no other process has: limits on processes count all of a user's.
+
+    Out of the upper eighth of those that this process can become, below 2^31: 0x70000000 and up,
+    which no distribution gives away, unless a container has fewer.
+    """
+    first, _, count = map(int, Path("/proc/self/uid_map").read_text().split()[-3:])
+    end = min(first + count, 1 << 31)
+    # Where root is the only one, setresuid will say that there is no other.
+    return end - end // 8 + int.from_bytes(os.urandom(4), "little") % max(end // 8, 1)
+
+
 def _isolate() -> None:
     """Takes privileges, files and network from this process; its children get PIDs of their own.
 
     The process must have one thread. Raises OSError where the machine does not allow it.
     """
     user, group = os.geteuid(), os.getegid()
+    lone = None if user else _lone_user()
+    # Where the machine runs out of memory the kernel shall end the program and nothing else.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     spaces = NEW_MOUNTS | NEW_IPC | NEW_PIDS | NEW_NETWORK
     _call("unshare", spaces | NEW_USER if user else spaces)
     if user:
@@ -141,8 +196,8 @@ def _isolate() -> None:
     os.chdir("/tmp")
     if not user:
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresgid(NO_GROUP, NO_GROUP, NO_GROUP)
+        os.setresuid(lone, lone, lone)
     _call("capset", struct.pack("Ii", CAPABILITY_VERSION, 0), bytes(24))
     _call("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
 
@@ -159,6 +214,49 @@ def _limit(seconds: float, memory: int) -> None:
         hard = resource.getrlimit(kind)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(kind, (limit, limit))
+
+
+def _refuse_calls() -> None:
+    """Makes the calls `REFUSED` fail from now on, and all those of another machine's numbering."""
+    machine = os.uname().machine
+    if machine not in REFUSED:
+        raise OSError(errno.ENOSYS, f"the kernel calls of {machine} are not known here")
+    architecture, numbers = REFUSED[machine]
+    # (operation, steps ahead where true, where false, operand); the last step refuses.
+    last = len(numbers) + 5
+    steps = [
+        (LOAD, 0, 0, 4),
+        (IF_EQUAL, 0, last - 2, architecture),
+        (LOAD, 0, 0, 0),
+        # The other numbering of x86_64, x32.
+        (IF_AT_LEAST, last - 4, 0, 0x40000000),
+        *((IF_EQUAL, last - at - 1, 0, number) for at, number in enumerate(numbers, 4)),
+        (RETURN, 0, 0, ALLOW),
+        (RETURN, 0, 0, REFUSE),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    _call("prctl", SET_SECCOMP, FILTER, struct.pack("HP", len(steps), ctypes.addressof(code)))
+
+
+def _rehearse() -> None:
+    """Raises OSError where this machine does not let the program have all its processes.
+
+    Else it would fail for want of a thread, though right: where other limits are narrower, or where
+    the user's other processes count (before Linux 5.14).
+    """
+    child = os.fork()
+    if not child:
+        try:
+            # Threads count like processes and are had sooner. The launcher, the supervisor and
+            # this process count too.
+            _thread.stack_size(1 << 18)
+            for _ in range(resource.getrlimit(resource.RLIMIT_NPROC)[0] - 3):
+                _thread.start_new_thread(signal.pause, ())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(child, 0)[1]:
+        raise OSError(f"{PROCESSES} processes at once are not to be had")
 
 
 def _run(texts: list[str], verdict: int, token: bytes) -> None:
@@ -178,6 +276,35 @@ def _run(texts: list[str], verdict: int, token: bytes) -> None:
         leave(0)
 
 
+def _supervise(request: dict, verdict: int, nowhere: int, token: bytes) -> None:
+    """Runs the program in a child, reaps what that leaves behind, and ends when it has ended.
+
+    Says "begun" to the descriptor `verdict` just before; nothing where it does not come to that,
+    and stderr says why.
+    """
+    try:
+        _call("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        _limit(request["seconds"], request["memory"])
+        _rehearse()
+        program = os.fork()
+        if not program:
+            # Else signals to its process group would be for its supervisor and the launcher too.
+            os.setsid()
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            _refuse_calls()
+            for standard in range(3):
+                os.dup2(nowhere, standard)
+            # Fails where the launcher died before its supervisor had asked for a death signal.
+            os.write(verdict, b"begun")
+            _run(request["texts"], verdict, token)
+        while os.wait()[0] != program:
+            pass
+    except Exception as error:
+        print(error, file=sys.stderr, flush=True)
+    finally:
+        os._exit(0)
+
+
 def _launch() -> None:
     """Reads the request from stdin, runs it isolated, and prints "pass" or "fail".
 
@@ -188,30 +315,29 @@ def _launch() -> None:
     reader, writer = os.pipe()
     token = os.urandom(32)
     _isolate()
-    # A killed caller takes this process along, and this process the program. Only now: a change
+    # A killed caller takes this process along, and this process the supervisor. Only now: a change
     # of user or privileges would clear it.
     _call("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    # A blocked signal waits to be asked for: none is missed between the fork and the wait.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-    program = os.fork()
-    if not program:
-        _call("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-        _limit(request["seconds"], request["memory"])
+    if os.getppid() != request["caller"]:
+        sys.exit("the caller is gone")
+    # The program, of the same user, is not to reach into the memory of its supervisor.
+    _call("prctl", DUMPABLE, 0)
+    # Blocked for good: SIGCHLD waits to be asked for, and none disturbs the supervisor.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    supervisor = os.fork()
+    if not supervisor:
         os.close(reader)
-        os.write(writer, b"begun")
-        for standard in range(3):
-            os.dup2(nowhere, standard)
-        _run(request["texts"], writer, token)
-    signal.sigtimedwait([signal.SIGCHLD], request["seconds"])
-    os.kill(program, signal.SIGKILL)
-    # Returns when the last process of the namespace is gone.
-    os.waitpid(program, 0)
+        _supervise(request, writer, nowhere, token)
     os.close(writer)
-    # One bounded read: whatever else the program wrote there makes it a failure.
-    said = os.read(reader, 4096)
-    if said:
-        print("pass" if said == b"begun" + token else "fail", end="")
+    begun = os.read(reader, len(b"begun"))
+    if begun:
+        signal.sigtimedwait([signal.SIGCHLD], request["seconds"])
+    os.kill(supervisor, signal.SIGKILL)
+    # Returns when the last process of the namespace is gone.
+    os.waitpid(supervisor, 0)
+    if begun:
+        # One bounded read: whatever else the program wrote there makes it a failure.
+        print("pass" if os.read(reader, 4096) == token else "fail", end="")
 
 
 if __name__ == "__main__":
