@@ -43,20 +43,40 @@ def main(argv=None):
             is_last = t + 1 == len(stages)
             if not journal.training:
                 journal.started = time.perf_counter()
+                journal.position["read_before"] = dict(session.passes.samples_read)
             probes = train_one_task_with_slsd(
                 cfg, session, stage, train_log, method, previous, is_last, report.drift
             )
             trained = time.perf_counter()
+            costs = costs_of_stage(cfg, session, stage, method)
             report.stage(stage, cfg.task_order if stage == JOINT else stages[: t + 1], is_last)
             journal.position["stages_done"] = t + 1
             journal.position["stages"][stage] = {
                 "probes": probes,
                 "train_seconds": trained - journal.started,
                 "evaluate_seconds": time.perf_counter() - trained,
+                **costs,
             }
             journal.save()
         report.finish()
         journal.finish()
+
+
+def costs_of_stage(cfg, session: Session, stage: str, method: Method) -> dict:
+    """What the method keeps now, and how many samples it read a step, with a backward and without.
+
+    All that the stage read counts, also before its first step and after its last.
+    """
+    before, now = session.journal.position["read_before"], session.passes.samples_read
+    _, steps = count_steps(cfg, len(session.data[stage].train))
+    kept = sum(tensor.nbytes for tensor in method.state().values())
+    if kept:
+        print(f"{stage}: {method.num_kept} samples and {kept / 2**20:.1f} MiB are kept for later")
+    return {
+        "samples_kept": method.num_kept,
+        "bytes_kept": kept,
+        "samples_a_step": {kind: (now[kind] - before[kind]) / steps for kind in now},
+    }
 
 
 def make_method(cfg, session: Session) -> Method:

@@ -40,6 +40,10 @@ class DERPlusPlus(Method):
         super().__init__(cfg, tools)
         self.kept: list[ProbeBuffer] = []
 
+    @property
+    def num_kept(self):
+        return sum(map(len, self.kept))
+
     def _samples(self) -> list[tuple[ProbeBuffer, int]]:
         return [(buffer, i) for buffer in self.kept for i in range(len(buffer))]
 

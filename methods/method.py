@@ -82,6 +82,11 @@ class Method:
         return 0
 
     @property
+    def num_kept(self) -> int:
+        """Samples of earlier tasks that are kept; what else is kept shows in `state`."""
+        return 0
+
+    @property
     def probes(self) -> ProbeBuffer | None:
         """Samples of this task with the answers of the model before it, where it has such."""
         return None

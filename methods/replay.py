@@ -16,6 +16,10 @@ class Replay(Method):
         super().__init__(cfg, tools)
         self.samples: list[dict] = []
 
+    @property
+    def num_kept(self):
+        return len(self.samples)
+
     def auxiliary_samples(self):
         return self.samples
 

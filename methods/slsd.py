@@ -85,6 +85,10 @@ class SLSD(Method):
         return self.cfg.use_slsd and (not self.folding.is_on or self.cfg.kd_branches == "all")
 
     @property
+    def num_kept(self):
+        return sum(map(len, self.earlier))
+
+    @property
     def probes(self):
         return self.buffer
 

@@ -83,6 +83,10 @@ class SLSDPlus(Method):
         answers = samples * min(cfg.max_seq_len, 256) * (6 * (cfg.kd_top_k or vocabulary) + 12)
         return int(num_tasks * answers) + 3 * 4 * trainable
 
+    @property
+    def num_kept(self):
+        return sum(map(len, self.kept))
+
     def _samples(self) -> list[tuple[ProbeBuffer, int]]:
         return [(buffer, i) for buffer in self.kept for i in range(len(buffer))]
 

@@ -139,7 +139,8 @@ def test_empty_outputs_and_wrong_shapes_are_dropped_by_reason():
     assert reason(convert_alpaca, alpaca(1, output=" \n")) == "empty output"
     assert reason(convert_alpaca, alpaca(1, instruction=" ")) == "empty instruction"
     assert "column input" in reason(convert_alpaca, {"instruction": "a"}, WrongShape)
-    assert "column output" in reason(convert_alpaca, alpaca(1, output=None), WrongShape)
+    assert "column output" in reason(convert_alpaca, alpaca(1, output=3), WrongShape)
+    assert reason(convert_alpaca, alpaca(1, output=None)) == "empty output"
 
 
 def test_indented_code_keeps_its_first_line_in_place():

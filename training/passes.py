@@ -134,12 +134,14 @@ class Passes:
     Attributes:
         tokens_per_pass: halved where memory runs out.
         samples_in_pass: of the pass at hand.
+        samples_read: samples of all passes so far, with a backward and without.
         prefix: the kept output of the frozen layers.
     """
 
     def __init__(self, cfg, model: nn.Module, tokenizer, device: torch.device, stop: StopSignals):
         self.model, self.tokenizer, self.device, self.stop = model, tokenizer, device, stop
         self.tokens_per_pass, self.samples_in_pass = cfg.tokens_per_pass, 0
+        self.samples_read = {"backward": 0, "forward": 0}
         self.prefix = FrozenPrefix(model, cfg.num_frozen_layers, prefix_room(cfg))
 
     def make(self, samples):
@@ -150,6 +152,7 @@ class Passes:
         """
         for indices, batch, targets in self._checked(samples):
             start = self.prefix.start([samples[i] for i in indices], batch["input_ids"])
+            self.samples_read["backward" if torch.is_grad_enabled() else "forward"] += len(indices)
             yield indices, {**batch, "start": start} if start else batch, targets
 
     def frozen_outputs(self, samples):

@@ -139,6 +139,7 @@ class Journal:
                 "given": self.cfg.tokens_per_pass,
                 "used": self.passes.tokens_per_pass,
             },
+            "samples_read": self.passes.samples_read,
             "prefix_room": {"given": self.cfg.prefix_cache_gib, "used": self.passes.prefix.room},
         }
         self._state.save(facts, parts, keep)
@@ -151,6 +152,7 @@ class Journal:
         if facts["training"]:
             self.training = facts["training"], parts
             self.started -= facts["seconds"]
+        self.passes.samples_read = facts["samples_read"]
         passes = facts["tokens_per_pass"]
         # Halved when memory ran out: it would run out again.
         if passes["given"] == self.cfg.tokens_per_pass:

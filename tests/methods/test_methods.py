@@ -70,26 +70,63 @@ def test_the_readings_of_a_run(flags, tmp_path):
     assert all(r["kl_first"] > 0 for r in drift)
 
 
-@pytest.mark.parametrize("method", ["seq_lora", "replay", "ewc", "lwf", "bank", "joint"])
-def test_each_method_runs_and_goes_on_after_kills(method, flags, tmp_path, monkeypatch):
-    """Killed in the middle of the second and of the last stage: the same numbers as in one go."""
-
-    def argv(name):
-        here = {"log_dir": tmp_path / name / "logs", "save_dir": tmp_path / name / "checkpoints"}
-        settings = {"save_steps": 1, "lr_lora": 5e-3, "lora_dropout": 0.1, "task_order": TASKS}
-        own = {"memory_per_task": 0.3} if method == "replay" else {}
-        return flags(method=method, eval_samples_per_task=4, **settings, **own, **here)
-
+def runs_and_goes_on(argv, tmp_path, monkeypatch, shares=(0.4, 0.4)) -> dict:
+    """What a run leaves; killed after each share of its passes it must leave the same."""
     cuttings = []
     with monkeypatch.context() as patch:
         cut = passes_module.make_passes
         patch.setattr(passes_module, "make_passes", lambda *a: cuttings.append(a) or cut(*a))
         assert train_slsd_seq.main(argv("whole")) == 0
     whole = outcome(tmp_path / "whole")
-    for share in (0.4, 0.4):
+    for share in shares:
         die_in_a_pass(monkeypatch, int(share * len(cuttings)), argv("cut"))
     assert train_slsd_seq.main(argv("cut")) == 0
     assert outcome(tmp_path / "cut") == whole
+    return whole
+
+
+def in_folders(flags, tmp_path, **settings):
+    """Builds the command line of a run in a folder of its own."""
+
+    def argv(name):
+        here = {"log_dir": tmp_path / name / "logs", "save_dir": tmp_path / name / "checkpoints"}
+        common = {"save_steps": 1, "lora_dropout": 0.1, "eval_samples_per_task": 4}
+        return flags(**common, **settings, **here)
+
+    return argv
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "derpp", "memory_per_task": 3},
+        {"method": "agem", "memory_per_task": 3},
+        {"method": "ilora", "memory_per_task": 3},
+        {"method": "olora"},
+        {"method": "slsd_plus", "memory_per_task": 3, "fisher_samples": 3, "sync_every": 2},
+        {"consolidate": "gram", "gram_samples": 6, "gram_rank": 4},
+    ],
+    ids=lambda settings: settings.get("method", "consolidate"),
+)
+def test_the_later_methods_run_and_go_on_after_kills_too(settings, flags, tmp_path, monkeypatch):
+    """Killed in the second stage, and as it ends: after the last step, before the next save."""
+    rate = {"lr_fast": 5e-3} if "consolidate" in settings else {"lr_lora": 5e-3}
+    argv = in_folders(flags, tmp_path, task_order=TASKS[:2], **rate, **settings)
+    runs_and_goes_on(argv, tmp_path, monkeypatch, shares=(0.55, 0.2))
+    stages = json.loads(whole_summary(tmp_path))["stages"]
+    keeps = settings.get("memory_per_task", 0)
+    assert stages["T1_general"]["samples_kept"] == keeps
+    # O-LoRA notes that there is an earlier task; what it keeps of it are branches.
+    assert stages["T1_general"]["bytes_kept"] > (100 if "olora" not in settings.values() else 0)
+    assert stages["T2_math"]["samples_a_step"]["backward"] >= 7
+
+
+@pytest.mark.parametrize("method", ["seq_lora", "replay", "ewc", "lwf", "bank", "joint"])
+def test_each_method_runs_and_goes_on_after_kills(method, flags, tmp_path, monkeypatch):
+    """Killed in the middle of the second and of the last stage: the same numbers as in one go."""
+    own = {"memory_per_task": 0.3} if method == "replay" else {}
+    argv = in_folders(flags, tmp_path, method=method, lr_lora=5e-3, task_order=TASKS, **own)
+    runs_and_goes_on(argv, tmp_path, monkeypatch)
     stages = list(json.loads(whole_summary(tmp_path))["stages"])
     assert stages == (["joint"] if method == "joint" else TASKS)
     lines = read(tmp_path / "whole" / "logs" / "seq_train_loss.jsonl")

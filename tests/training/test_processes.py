@@ -82,12 +82,16 @@ sys.exit(code or (f"left: {names}" if any("gloo" in name for name in names) else
 """
 
 
-def test_two_processes_give_the_results_of_one(argv, tmp_path, monkeypatch):
-    assert train_slsd_seq.main(argv("one", 1)) == 0
+PLUS = {"method": "slsd_plus", "consolidate": "gram", "anchor_lambda": 0.0, "memory_per_task": 3}
+
+
+@pytest.mark.parametrize("settings", [{}, PLUS], ids=["slsd", "slsd_plus, consolidated"])
+def test_two_processes_give_the_results_of_one(settings, argv, tmp_path, monkeypatch):
+    assert train_slsd_seq.main(argv("one", 1, **settings)) == 0
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     script = tmp_path / "script.py"
     script.write_text(LEAVES_NO_THREADS)
-    code, out, err = finished(start(argv("two", 2), script))
+    code, out, err = finished(start(argv("two", 2, **settings), script))
     assert code == 0, err
     assert out.count("average final loss") == 1
     one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
