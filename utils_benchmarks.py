@@ -13,22 +13,19 @@ from pathlib import Path
 
 from configs.base_config import UserError
 from utils_data import held_out_rows, read_jsonl, tool_input
+from utils_extract import code_of, flexible_number, is_python, same_number, strict_number
 from utils_sandbox import check_sandbox, passes_tests
 from utils_scores import (
     accepted_call,
-    code_of,
-    flexible_number,
     is_garbage,
-    is_python,
     is_refusal,
     mean_interval,
     parse_calls,
     rouge_l,
     same_calls,
     same_names,
-    same_number,
-    strict_number,
     wilson_interval,
+    words_of,
 )
 
 Judge = Callable[[dict, str], dict[str, float]]
@@ -50,32 +47,42 @@ class Questions:
 
 
 def judge_general(row: dict, reply: str) -> dict[str, float]:
-    return {"rouge_l": rouge_l(reply, row["output"])}
+    """A reference without words cannot be met."""
+    return {"rouge_l": rouge_l(reply, row["output"])} if words_of(row["output"]) else {}
 
 
 def judge_math(row: dict, reply: str) -> dict[str, float]:
-    """Strict looks behind the last ####, flexible takes the last number: they part by format."""
-    answer = strict_number(row["output"])
-    return {
-        "strict": same_number(strict_number(reply), answer),
-        "flexible": same_number(flexible_number(reply), answer),
+    """Strict looks behind the last ####, flexible takes the last number: they part by format.
+
+    Strict applies where the reference has that format, and flexible where it has a number at all:
+    behind its ####, or its last one where it has none of them.
+    """
+    reference = row["output"]
+    answer = strict_number(reference)
+    last = answer if "####" in reference else flexible_number(reference)
+    scores = {
+        "strict": (strict_number(reply), answer),
+        "flexible": (flexible_number(reply), last),
     }
+    return {name: same_number(*both) for name, both in scores.items() if both[1] is not None}
 
 
 def judge_code(row: dict, reply: str) -> dict[str, float]:
     """The syntax counts only where the reference is Python itself."""
-    scores = {"rouge_l": rouge_l(reply, row["output"])}
+    scores = judge_general(row, reply)
     return {"syntax": is_python(reply), **scores} if is_python(row["output"]) else scores
 
 
 def judge_calls(row: dict, reply: str) -> dict[str, float]:
-    """Names and arguments count only where the reference holds calls as we know them."""
+    """Only where the reference holds calls as we know them: a reply like it is right."""
     calls, reference = parse_calls(reply), parse_calls(row["output"])
-    scores = {"json": calls is not None}
-    if reference is not None:
-        scores["names"] = calls is not None and same_names(calls, reference)
-        scores["exact"] = calls is not None and same_calls(calls, reference)
-    return scores
+    if reference is None:
+        return {}
+    return {
+        "json": calls is not None,
+        "names": same_names(calls, reference),
+        "exact": same_calls(calls, reference),
+    }
 
 
 def judge_refusal(_: dict, reply: str) -> dict[str, float]:
@@ -136,15 +143,19 @@ def score(values: list[float]) -> dict[str, float]:
 
 
 def judge_all(questions: Questions, replies: list[str]) -> tuple[list[dict], dict[str, dict]]:
-    """(the scores of each reply, metric -> `score` of all that have it)."""
+    """(the scores of each reply, metric -> `score` of all that have it, and how many have not).
+
+    The latter is "left_out". A metric that no reply has is not there.
+    """
     judged = [
         {name: float(value) for name, value in questions.judge(row, reply).items()}
         for row, reply in zip(questions.rows, replies, strict=True)
     ]
-    metrics = dict.fromkeys(name for of_reply in judged for name in of_reply)
-    return judged, {
-        name: score([of_reply[name] for of_reply in judged if name in of_reply]) for name in metrics
-    }
+    scores = {}
+    for metric in dict.fromkeys(name for of_reply in judged for name in of_reply):
+        values = [of_reply[metric] for of_reply in judged if metric in of_reply]
+        scores[metric] = {**score(values), "left_out": len(judged) - len(values)}
+    return judged, scores
 
 
 def held_out_questions(cfg, tasks: list[str]) -> list[Questions]:
