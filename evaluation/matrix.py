@@ -172,9 +172,14 @@ def format_score_matrix(matrix: Matrix, metrics: dict[str, str], joint: bool = F
     lines = ["score from 0 to 100 (higher is better)"]
     lines += _table("stage", _stages(matrix, tasks, joint), names, ".1f")
     if not joint and len(tasks) > 1:
-        lost, transfer = (m(matrix, lower_is_better=False) for m in (forgetting, backward_transfer))
-        lines.append(f"forgetting         {lost:+.1f} (positive = forgotten)")
-        lines.append(f"backward transfer  {transfer:+.1f} (negative = forgotten)")
+        for name, metric, meaning in (
+            ("forgetting", forgetting, "positive = forgotten"),
+            ("backward transfer", backward_transfer, "negative = forgotten"),
+        ):
+            value = metric(matrix, lower_is_better=False)
+            # Where the score applies to no answer there is none.
+            if not math.isnan(value):
+                lines.append(f"{name.ljust(18)} {value:+.1f} ({meaning})")
     return "\n".join(lines)
 
 
@@ -193,8 +198,10 @@ def format_readings(evaluations: list[dict], tasks: list[str], meanings: dict[st
 def format_scores(scores: list[dict]) -> str:
     """Scores by task, metric and reading as aligned text.
 
-    From lines {"task", "metric", "branches", "score", "low", "high", "n"}.
+    From lines {"task", "metric", "branches", "score", "low", "high", "n", "left_out"}.
     """
+    if not scores:
+        return "no score applies to any of the answers"
     readings = list(dict.fromkeys(line["branches"] for line in scores))
     cells = {
         (line["task"], line["metric"], line["branches"]): (
@@ -202,15 +209,19 @@ def format_scores(scores: list[dict]) -> str:
         )
         for line in scores
     }
-    sizes = {(line["task"], line["metric"]): line["n"] for line in scores}
-    first = max(len(f"{task} {metric} ({n})") for (task, metric), n in sizes.items())
+    names = {}
+    for line in scores:
+        # Lines of older runs do not tell.
+        out = f", {line['left_out']} left out" if line.get("left_out") else ""
+        told = f"{line['task']} {line['metric']} ({line['n']}{out})"
+        names[line["task"], line["metric"]] = told
+    first = max(map(len, names.values()))
     width = max(map(len, [*cells.values(), *readings])) + 2
     lines = ["score from 0 to 100, higher is better, with its 95 % interval"]
     lines.append("task metric (answers)".ljust(first) + "".join(r.rjust(width) for r in readings))
-    for (task, metric), n in sizes.items():
+    for (task, metric), told in names.items():
         row = (cells.get((task, metric, reading), "") for reading in readings)
-        told = f"{task} {metric} ({n})".ljust(first)
-        lines.append(told + "".join(cell.rjust(width) for cell in row))
+        lines.append(told.ljust(first) + "".join(cell.rjust(width) for cell in row))
     return "\n".join(lines)
 
 

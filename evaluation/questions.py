@@ -15,9 +15,9 @@ from pathlib import Path
 from configs.command_line import UserError, is_first
 from evaluation.sandbox import SandboxFault, check_sandbox, passes_tests
 from tasks import code, find_task, math, safety, tool
+from tasks.extract import code_of
 from tasks.scores import (
     accepted_call,
-    code_of,
     is_garbage,
     is_refusal,
     mean_interval,
@@ -82,9 +82,9 @@ def score(values: list[float]) -> dict[str, float]:
 
 
 def judge_all(questions: Questions, replies: list[str]) -> tuple[list[dict], dict[str, dict]]:
-    """(the scores of each reply, metric -> `score` of all that have it).
+    """(the scores of each reply, metric -> `score` of all that have it, and how many have not).
 
-    Warns how many have none at all.
+    The latter is "left_out". A metric that no reply has is not there. Warns how many have none.
     """
     judged = [
         {name: float(value) for name, value in questions.judge(row, reply).items()}
@@ -94,10 +94,11 @@ def judge_all(questions: Questions, replies: list[str]) -> tuple[list[dict], dic
     if unjudged and is_first():
         told = f"{questions.name}: {unjudged} of {len(judged)} answers could not be judged"
         print(f"warning: {told} and are in no score", file=sys.stderr)
-    metrics = dict.fromkeys(name for of_reply in judged for name in of_reply)
-    return judged, {
-        name: score([of_reply[name] for of_reply in judged if name in of_reply]) for name in metrics
-    }
+    scores = {}
+    for metric in dict.fromkeys(name for of_reply in judged for name in of_reply):
+        values = [of_reply[metric] for of_reply in judged if metric in of_reply]
+        scores[metric] = {**score(values), "left_out": len(judged) - len(values)}
+    return judged, scores
 
 
 def held_out_questions(task: str, rows: list[dict]) -> Questions:

@@ -1,14 +1,14 @@
 """T3: programs."""
 
-from tasks.general import convert_alpaca
-from tasks.scores import is_python, rouge_l
+from tasks.extract import is_python
+from tasks.general import convert_alpaca, judge_general
 from tasks.source import Source
 from tasks.task import Task
 
 
 def judge_code(row: dict, reply: str) -> dict[str, float]:
     """The syntax counts only where the reference is Python itself."""
-    scores = {"rouge_l": rouge_l(reply, row["output"])}
+    scores = judge_general(row, reply)
     return {"syntax": is_python(reply), **scores} if is_python(row["output"]) else scores
 
 

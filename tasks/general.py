@@ -2,7 +2,7 @@
 
 import re
 
-from tasks.scores import rouge_l
+from tasks.scores import rouge_l, words_of
 from tasks.source import Sample, Source, texts
 from tasks.task import Task
 
@@ -31,7 +31,8 @@ def convert_dolly(row: dict) -> Sample:
 
 
 def judge_general(row: dict, reply: str) -> dict[str, float]:
-    return {"rouge_l": rouge_l(reply, row["output"])}
+    """A reference without words cannot be met."""
+    return {"rouge_l": rouge_l(reply, row["output"])} if words_of(row["output"]) else {}
 
 
 TASK = Task(

@@ -2,7 +2,7 @@
 
 import re
 
-from tasks.scores import flexible_number, same_number, strict_number
+from tasks.extract import flexible_number, same_number, strict_number
 from tasks.source import Sample, Source, WrongShape, texts
 from tasks.task import Task
 
@@ -20,12 +20,19 @@ def convert_gsm8k(row: dict) -> Sample:
 
 
 def judge_math(row: dict, reply: str) -> dict[str, float]:
-    """Strict looks behind the last ####, flexible takes the last number: they part by format."""
-    answer = strict_number(row["output"])
-    return {
-        "strict": same_number(strict_number(reply), answer),
-        "flexible": same_number(flexible_number(reply), answer),
+    """Strict looks behind the last ####, flexible takes the last number: they part by format.
+
+    Strict applies where the reference has that format, and flexible where it has a number at all:
+    behind its ####, or its last one where it has none of them.
+    """
+    reference = row["output"]
+    answer = strict_number(reference)
+    last = answer if "####" in reference else flexible_number(reference)
+    scores = {
+        "strict": (strict_number(reply), answer),
+        "flexible": (flexible_number(reply), last),
     }
+    return {name: same_number(*both) for name, both in scores.items() if both[1] is not None}
 
 
 TASK = Task(

@@ -3,29 +3,49 @@
 The intervals at the end say how far a mean over so many samples can be trusted.
 """
 
-import ast
 import json
 import math
 import random
 import re
 import statistics
 import string
-import textwrap
-import warnings
+import unicodedata
 from collections import Counter
 
+# Scripts that do not part words by spaces: Thai, Lao, Myanmar, Khmer, kana and Han characters.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\ua9e0-\ua9ff\uaa60-\uaa7f\u2e80-\u2fdf\u3005-\u3007"
+    "\u3021-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001aff0-\U0001b16f"
+    "\U00020000-\U0003ffff]"
+)
 
-def _words(text: str) -> list[str]:
-    """Lower-case runs of letters and digits, of any script."""
-    return re.findall(r"[^\W_]+", text.lower())
+
+def words_of(text: str) -> list[str]:
+    """Lower-case runs of letters and digits, of any script, each with the marks that it bears.
+
+    Where a script does not part words by spaces, each character is a word. The two ways to write
+    an accented letter, and wide and narrow forms, are the same (NFKC).
+    """
+    parted, alone = [], False
+    for character in unicodedata.normalize("NFKC", text).lower():
+        if unicodedata.category(character).startswith("M"):
+            parted.append(character)
+        elif character.isalnum():
+            # The first after such a character begins a word, too.
+            after, alone = alone, bool(_UNSPACED.match(character))
+            parted.append(f" {character}" if alone or after else character)
+        else:
+            parted.append(" ")
+    # A mark without a letter, as behind an emoji, is none.
+    return [word for word in "".join(parted).split() if word[0].isalnum()]
 
 
 def rouge_l(prediction: str, reference: str) -> float:
     """F1 of the longest common subsequence of words, in 0..1 (ROUGE-L, Lin 2004, with beta 1).
 
-    Words are lower-case runs of letters and digits, without stemming. 0 where either has none.
+    Words are those of `words_of`, without stemming. 0 where either has none.
     """
-    predicted, expected = _words(prediction), _words(reference)
+    predicted, expected = words_of(prediction), words_of(reference)
     if not predicted or not expected:
         return 0.0
     # Hyyrö 2004, one addition a word: in the end bit i is 0 where the longest common subsequence
@@ -39,61 +59,6 @@ def rouge_l(prediction: str, reference: str) -> float:
         row = ((row + found) | (row - found)) & every
     common = len(expected) - row.bit_count()
     return 2 * common / (len(predicted) + len(expected))
-
-
-# A minus is no sign after a word, a number or a bracket: "10-5", "covid-19", "(a)-2".
-_SIGN, _WHOLE = r"(?:(?<![\w)])[-−][$£€]?)?", r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_NUMBER = re.compile(rf"{_SIGN}(?:{_WHOLE}(?:\.\d+)?|\.\d+)")
-
-
-def _as_number(match: re.Match) -> float:
-    return float(re.sub(r"[,$£€]", "", match[0]).replace("−", "-"))
-
-
-def strict_number(text: str) -> float | None:
-    """The number right after the last `####`, as GSM8K's format wants it, or None.
-
-    White space and a currency sign may come between. Commas between thousands are left out, and
-    a percent sign or a final dot is no part of the number.
-    """
-    _, mark, after = text.rpartition("####")
-    number = _NUMBER.match(after.lstrip(" \t\r\n$£€"))
-    return _as_number(number) if mark and number else None
-
-
-def flexible_number(text: str) -> float | None:
-    """The last number anywhere in the text, or None; read as `strict_number` does."""
-    numbers = list(_NUMBER.finditer(text))
-    return _as_number(numbers[-1]) if numbers else None
-
-
-def same_number(a: float | None, b: float | None) -> bool:
-    """Whether both are there and equal up to a millionth of the larger."""
-    return a is not None and b is not None and math.isclose(a, b, rel_tol=1e-6)
-
-
-_FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*(?:\n|\Z)(.*?)(?:^[ \t]*```|\Z)", re.M | re.S)
-
-
-def code_of(text: str) -> str:
-    """The program in a reply: its first block fenced as Python or as nothing, else all of it.
-
-    A fence that is not closed goes to the end.
-    """
-    for block in _FENCED.finditer(text):
-        if block[1].lower() in ("", "python", "python3", "py"):
-            return textwrap.dedent(block[2])
-    return text
-
-
-def is_python(text: str) -> bool:
-    """Whether the program in a reply parses and is more than comments. A lone word is a program."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return bool(ast.parse(code_of(text)).body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
 
 
 def _key(value):

@@ -110,13 +110,15 @@ def glaive_call(text: str) -> dict:
 
 
 def judge_calls(row: dict, reply: str) -> dict[str, float]:
-    """Names and arguments count only where the reference holds calls as we know them."""
+    """Only where the reference holds calls as we know them: a reply like it is right."""
     calls, reference = parse_calls(reply), parse_calls(row["output"])
-    scores = {"json": calls is not None}
-    if reference is not None:
-        scores["names"] = calls is not None and same_names(calls, reference)
-        scores["exact"] = calls is not None and same_calls(calls, reference)
-    return scores
+    if reference is None:
+        return {}
+    return {
+        "json": calls is not None,
+        "names": same_names(calls, reference),
+        "exact": same_calls(calls, reference),
+    }
 
 
 TASK = Task(

@@ -2,27 +2,30 @@
 
 import json
 import random
+import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from judged_replies import AREA, ROUGE
 
+from evaluation.matrix import format_score_matrix, format_scores, score_matrix
+from evaluation.questions import Questions, judge_all
+from tasks.code import judge_code
+from tasks.general import judge_general
+from tasks.math import judge_math
 from tasks.scores import (
     accepted_call,
-    code_of,
-    flexible_number,
     is_garbage,
-    is_python,
     is_refusal,
     mean_interval,
     parse_calls,
     rouge_l,
     same_calls,
     same_names,
-    same_number,
-    strict_number,
     wilson_interval,
 )
+from tasks.tool import judge_calls
 
 few_words = st.lists(st.sampled_from("a b c d e".split()), max_size=12)
 json_values = st.recursive(
@@ -41,23 +44,17 @@ call_lists = st.lists(
 )
 
 
-@pytest.mark.parametrize(
-    "prediction, reference, score",
-    [
-        # The longest common subsequence by hand: "the cat the mat", of 6 and 7 words.
-        ("The cat sat on the mat.", "the cat is lying by the mat", 2 * 4 / 13),
-        # Lin 2004, section 3: 3 of 4 words, and 2 of 4.
-        ("police kill the gunman", "police killed the gunman", 3 / 4),
-        ("the gunman kill police", "police killed the gunman", 2 / 4),
-        ("a_b-c", "a b c", 1),
-        ("Ёлка зелёная", "ёлка ЗЕЛЁНАЯ", 1),
-        ("one", "two", 0),
-        ("", "two", 0),
-        ("one", "?!", 0),
-    ],
-)
-def test_rouge_l(prediction, reference, score):
+@pytest.mark.parametrize("prediction, reference, common, words, expected", ROUGE)
+def test_rouge_l(prediction, reference, common, words, expected):
+    score = 2 * common / (words + expected)
     assert rouge_l(prediction, reference) == pytest.approx(score)
+    assert rouge_l(reference, prediction) == pytest.approx(score)
+    for form in ("NFC", "NFD", "NFKC"):
+        assert rouge_l(unicodedata.normalize(form, prediction), prediction) == 1
+
+
+def test_rouge_l_without_words_is_0():
+    assert rouge_l("", "two") == rouge_l("one", "?!") == rouge_l("❤️", "❤️") == 0
 
 
 def common_by_table(a, b):
@@ -77,97 +74,9 @@ def test_rouge_l_is_that_of_the_table_and_symmetric(a, b):
     assert score == pytest.approx(2 * common_by_table(a, b) / max(1, len(a) + len(b)))
     assert score == rouge_l(" ".join(b), " ".join(a))
     assert rouge_l(" ".join(a), " ".join(a)) == bool(a)
-
-
-@pytest.mark.parametrize(
-    "text, strict, flexible",
-    [
-        ("6 * 7 = 42\n#### 42", 42, 42),
-        ("#### 1,234", 1234, 1234),
-        ("#### $1,234.50.", 1234.5, 1234.5),
-        ("#### -5", -5, -5),
-        ("####-$5", -5, -5),
-        ("#### $-5", -5, -5),
-        ("#### −5", -5, -5),
-        ("#### 50%", 50, 50),
-        ("#### .5", 0.5, 0.5),
-        ("#### 3\n#### 4", 4, 4),
-        ("#### 3\n\nQuestion: what is 5 + 5?", 3, 5),
-        ("#### three, or 3", None, 3),
-        ("The answer is 7.", None, 7),
-        ("10-5", None, 5),
-        ("x = -5", None, -5),
-        ("of covid-19", None, 19),
-        ("1, 2, 3", None, 3),
-        ("from 2,3456", None, 3456),
-        ("$1,000,000 and no more", None, 1_000_000),
-        ("7\n####", None, 7),
-        ("none", None, None),
-        ("", None, None),
-    ],
-)
-def test_numbers(text, strict, flexible):
-    assert (strict_number(text), flexible_number(text)) == (strict, flexible)
-
-
-@given(st.integers(-(10**12), 10**12))
-def test_a_number_is_read_as_it_is_written(number):
-    for text in (f"#### {number}", f"#### {number:,}.", f"so\n####${number:,}"):
-        assert strict_number(text) == flexible_number(text) == number
-
-
-def test_same_number():
-    assert same_number(1 / 3, 0.33333333) and same_number(0.0, -0.0) and same_number(1e12, 1e12 + 1)
-    assert not same_number(0.3333, 1 / 3) and not same_number(100, 101)
-    assert not same_number(None, None) and not same_number(0, None) and not same_number(None, 0)
-
-
-CODE = "def f(x):\n    return x\n"
-
-
-@pytest.mark.parametrize(
-    "text, code",
-    [
-        (CODE, CODE),
-        (f"Here it is:\n```python\n{CODE}```\nIt returns `x`.", CODE),
-        (f"```py\n{CODE}```", CODE),
-        (f"```\n{CODE}```", CODE),
-        (f"```Python3 \n{CODE}", CODE),
-        (f"```python\n{CODE}```\n```python\nf(1)\n```", CODE),
-        (f"```bash\npip install it\n```\nThen\n```python\n{CODE}```", CODE),
-        (f"1. So:\n   ```python\n   def f(x):\n       return x\n   ```\n{CODE}", CODE),
-        ("```js\nlet x = 1\n```", "```js\nlet x = 1\n```"),
-        ("```python\n```", ""),
-        ("", ""),
-    ],
-)
-def test_code_of(text, code):
-    assert code_of(text) == code
-
-
-@pytest.mark.parametrize(
-    "text, parses",
-    [
-        (CODE, True),
-        (f"Sure!\n```python\n{CODE}```", True),
-        ("print('\\d', 1 is 1)", True),
-        ("Hello", True),
-        ("Sure, here it is: f", False),
-        ("def f(x)\n    return x", False),
-        ("  x = 1\ny = 2", False),
-        ("", False),
-        ("  \n", False),
-        ("# nothing but a comment", False),
-        ("```python\n```", False),
-        ("x = 1\0", False),
-        ("x = '\ud800'", False),
-        ("(" * 10_000 + ")" * 10_000, False),
-        ("-" * 100_000 + "1", False),
-    ],
-)
-@pytest.mark.filterwarnings("error")
-def test_is_python(text, parses):
-    assert is_python(text) == parses
+    # Not parted by spaces, characters are the words.
+    wide = str.maketrans("abcde", "今かアก文")
+    assert score == rouge_l("".join(a).translate(wide), "".join(b).translate(wide))
 
 
 ONE = {"name": "get_weather", "arguments": {"city": "Oslo", "days": 3}}
@@ -463,6 +372,57 @@ def test_is_garbage(reply, garbage):
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=10), st.integers(20, 30))
 def test_a_loop_is_garbage(phrase, times):
     assert is_garbage(" ".join(phrase * times))
+
+
+def test_what_does_not_apply_is_left_out_and_counted():
+    rows = [
+        {"output": output} for output in ("#### 7", "It is 7", "It is odd", "", "#### 1/2/2020")
+    ]
+    asked = Questions("T2_math", "T2_math", rows, judge_math)
+    judged, scores = judge_all(asked, ["#### 7", "#### 7", "It is odd", "", "#### 1/2/2020"])
+    assert judged == [{"strict": 1, "flexible": 1}, {"flexible": 1}, {}, {}, {}]
+    assert {name: (s["score"], s["n"], s["left_out"]) for name, s in scores.items()} == {
+        "strict": (100, 1, 4),
+        "flexible": (100, 2, 3),
+    }
+    assert json.loads(json.dumps(scores)) == scores
+    # A score that applies to no row is not there.
+    asked = Questions("T2_math", "T2_math", rows[1:], judge_math)
+    assert judge_all(asked, [""] * 4)[1].keys() == {"flexible"}
+    asked = Questions("T2_math", "T2_math", rows[2:], judge_math)
+    assert judge_all(asked, [""] * 3) == ([{}] * 3, {})
+
+
+def test_what_is_left_out_is_told():
+    line = {"stage": "a", "task": "T", "branches": "own", "score": 50.0, "low": 9.0, "high": 91.0}
+    of = [{**line, "metric": m, "n": 2, "left_out": out} for m, out in (("all", 0), ("some", 3))]
+    # Lines of older runs do not say it.
+    text = format_scores([*of, {**line, "metric": "old", "n": 5}])
+    assert "T some (2, 3 left out) 50" in " ".join(text.split())
+    assert "T all (2) 50" in " ".join(text.split()) and "T old (5)" in text
+    assert format_scores([]) == "no score applies to any of the answers"
+    metrics = {"T": "right", "U": "right"}
+    assert "nan" not in format_score_matrix(score_matrix([], metrics), metrics)
+
+
+@pytest.mark.parametrize("judge", [judge_general, judge_math, judge_code, judge_calls])
+@pytest.mark.parametrize(
+    "output",
+    [
+        "",
+        "?!",
+        "❤️",
+        "It is odd.",
+        "It is 7.",
+        "#### 7",
+        "SELECT name;",
+        AREA,
+        '{"tool": "f"}',
+        "[]",
+    ],
+)
+def test_the_reference_itself_is_right_or_not_judged(judge, output):
+    assert set(judge({"output": output}, output).values()) <= {1.0}
 
 
 def test_wilson_interval():
