@@ -123,7 +123,11 @@ class Knobs:
         return [
             f"{field.name} is {getattr(self, field.name)!r}: give {wanted}"
             for field in dataclasses.fields(self)
-            if (wanted := _out_of_bounds(getattr(self, field.name), field.metadata["bounds"]))
+            if (
+                wanted := _out_of_bounds(
+                    getattr(self, field.name), field.metadata.get("bounds", {})
+                )
+            )
         ]
 
 
@@ -191,7 +195,7 @@ class Parser(HfArgumentParser):
         super().__init__(types, allow_abbrev=False, **kwargs)
 
     def _parse_dataclass_field(self, parser, field):
-        if not field.metadata["help"]:
+        if not field.metadata.get("help"):
             return
         shown = _field(default_of(field), {"help": field.metadata["help"]})
         shown.name, shown.type = field.name, field.type
@@ -205,7 +209,9 @@ class Parser(HfArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_dataclasses(argv, *types, description: str, headings=None, extra=()) -> tuple:
+def parse_dataclasses(
+    argv, *types, description: str, headings=None, extra=(), finish=lambda first: first
+) -> tuple:
     """Instances of the `Knobs` dataclasses `types`, filled from `argv` (default: `sys.argv[1:]`).
 
     Every field is a flag of its own name.
@@ -213,6 +219,7 @@ def parse_dataclasses(argv, *types, description: str, headings=None, extra=()) -
     Args:
         headings: field -> title in the help, for those that do not stand with the others.
         extra: (flag, keyword arguments) of options that belong to no dataclass.
+        finish: makes what is returned first of the first instance.
 
     Raises `UserError` with all that is unknown, malformed or out of bounds.
     """
@@ -236,7 +243,8 @@ def parse_dataclasses(argv, *types, description: str, headings=None, extra=()) -
     for kind in types:
         names = [field.name for field in dataclasses.fields(kind) if hasattr(given, field.name)]
         try:
-            instances.append(kind(**{name: getattr(given, name) for name in names}))
+            instance = kind(**{name: getattr(given, name) for name in names})
+            instances.append(instance if instances or problems else finish(instance))
         except UserError as error:
             problems += str(error).splitlines()
     if problems:

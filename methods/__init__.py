@@ -104,27 +104,40 @@ def parse_config(argv, *more_types, description: str, every_method: bool = False
             users.setdefault(field, []).append(name)
     options = {"default": "base", "metavar": "NAME", "help": "takes configs/NAME_config.py"}
     everything = run_config(base, *methods.values())
-    cfg, *others = parse_dataclasses(
+    # What is wrong is told by the configuration that is made of it.
+    everything.__post_init__ = lambda _: None
+    kind = everything if every_method else run_config(base, methods[own])
+
+    return parse_dataclasses(
         argv,
         everything,
         *more_types,
         description=description,
         headings={field: f"with --method {', '.join(names)}" for field, names in users.items()},
         extra=[("--config", options)],
+        finish=lambda given: _chosen(given, kind, own, {} if every_method else users),
     )
-    if every_method:
-        return cfg, *others
+
+
+def _chosen(given, kind: type, own: str, users: dict[str, list[str]]):
+    """The configuration of class `kind` with the values of `given`, which has every knob there is.
+
+    `users` tells which methods each knob belongs to: those that are not this one's must have their
+    defaults. Raises `UserError` with all that is wrong.
+    """
     problems = [
         f"--{name} belongs to --method {', '.join(users[name])}, and this run's is {own}: leave it "
         "out, or choose one of them"
         for name in users
-        if own not in users[name] and getattr(cfg, name) != default_of(_fields(everything)[name])
+        if own not in users[name] and getattr(given, name) != default_of(_fields(type(given))[name])
     ]
+    try:
+        cfg = kind(**{name: getattr(given, name) for name in _fields(kind)})
+    except UserError as error:
+        problems += str(error).splitlines()
     if problems:
         raise UserError("\n".join(problems))
-    kind = run_config(base, methods[own])
-    values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind)}
-    return kind(**values), *others
+    return cfg
 
 
 def _fields(kind: type) -> dict[str, dataclasses.Field]:

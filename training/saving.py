@@ -326,7 +326,8 @@ def run_identity(cfg, tasks: list[str], about_base: dict) -> dict:
         name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_RESULTS
     }
     data = {f"data of {task}": file_sha256(cfg.data_path(task)) for task in tasks}
-    return {**config, **about_base, **data, "state": STATE_VERSION}
+    own = {"method file": file_sha256(cfg.method)} if cfg.method.endswith(".py") else {}
+    return {**config, **about_base, **data, **own, "state": STATE_VERSION}
 
 
 def differences(first: dict, second: dict) -> str:
