@@ -158,16 +158,16 @@ def replace_with_ds_lora(
         if isinstance(module, nn.Linear)
     ]
     # Whole names: v_proj is no part of a fused qkv_proj.
-    matches = {
-        target: [place for place in linears if f".{place[1]}".endswith(f".{target}")]
-        for target in target_modules
+    matched = {
+        name: {target for target in target_modules if f".{name}".endswith(f".{target}")}
+        for _, name, _ in linears
     }
-    if unmatched := [target for target, places in matches.items() if not places]:
+    if unmatched := set(target_modules) - set().union(*matched.values()):
         raise ValueError(
-            f"no linear layer of {stack_name} is called {', '.join(unmatched)}; there are "
+            f"no linear layer of {stack_name} is called {', '.join(sorted(unmatched))}; there are "
             f"{', '.join(sorted({name for _, name, _ in linears})) or 'none'}"
         )
-    chosen = {id(place[2]): place for places in matches.values() for place in places}.values()
+    chosen = [place for place in linears if matched[place[1]]]
     model.requires_grad_(False)
     for layer, name, linear in chosen:
         parent_name, _, child_name = name.rpartition(".")

@@ -309,3 +309,14 @@ def test_one_branch_is_loaded_and_the_other_stays_and_all_comes_back(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(now[:half], before[:half], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(now[half:], saved[half:], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(parameters(model), before, strict=True))
+
+
+def test_branches_are_drawn_bottom_up_whatever_the_order_of_the_targets():
+    """A seed means the same weights however the targets are listed."""
+    drawn = []
+    for targets in (("q_proj", "v_proj"), ("v_proj", "q_proj")):
+        model = make_model()
+        torch.manual_seed(0)
+        replace_with_ds_lora(model, targets, 4, 8, 0.0, 2)
+        drawn.append([layer.lora_A_slow for layer in ds_lora_layers(model).values()])
+    assert all(map(torch.equal, *drawn))
