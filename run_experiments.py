@@ -110,6 +110,7 @@ def plan(cfg, experiments, argv) -> list[Experiment]:
                     "seed": seed,
                     "log_dir": f"{cfg.log_dir}/{folder}",
                     "save_dir": f"{cfg.save_dir}/{folder}",
+                    "prefix_store": cfg.prefix_store or f"{cfg.save_dir}/.prefix_store",
                 }
                 flags = common + as_flags(changes)
                 try:

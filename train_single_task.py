@@ -7,7 +7,7 @@ from configs.command_line import Knobs, UserError, command_line, knob
 from methods import METHODS, find_method, parse_config
 from training.base_model import select_device as select_device
 from training.loop import TaskTraining, evaluate_loss
-from training.plan import visits_again
+from training.plan import worth_keeping
 from training.session import set_up
 
 
@@ -34,11 +34,9 @@ def main(argv=None):
         if not journal.training:
             base = evaluate_loss(passes, data.held_out)
             print(f"{task} untouched base: held-out loss {base['loss']:.3f} nats per token")
-        with passes.kept_prefix() as keep:
-            if visits_again(cfg, len(data.train)):
-                keep(data.train, f"frozen layers, {task}")
-            options = {"journal": journal, "on_epoch_end": end_epoch}
-            TaskTraining(cfg, passes, task, data.train, train_log, **options).run()
+        passes.keep_prefix(worth_keeping(cfg, task, data.train), f"frozen layers, {task}")
+        options = {"journal": journal, "on_epoch_end": end_epoch}
+        TaskTraining(cfg, passes, task, data.train, train_log, **options).run()
         journal.finish()
 
 

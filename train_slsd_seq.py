@@ -16,7 +16,7 @@ from methods.method import JOINT, Method, Tools
 from models.drift import Drift
 from training.base_model import select_device as select_device
 from training.loop import TaskTraining
-from training.plan import count_steps, visits_again
+from training.plan import count_steps, worth_keeping
 from training.processes import gather, sum_over_processes
 from training.saving import JsonlLog
 from training.session import Session, set_up
@@ -44,12 +44,13 @@ def main(argv=None):
             if not journal.training:
                 journal.started = time.perf_counter()
                 journal.position["read_before"] = dict(session.passes.samples_read)
-            probes = train_one_task_with_slsd(
-                cfg, session, stage, train_log, method, previous, is_last, report.drift
-            )
-            trained = time.perf_counter()
-            costs = costs_of_stage(cfg, session, stage, method)
-            report.stage(stage, cfg.task_order if stage == JOINT else stages[: t + 1], is_last)
+            with session.passes.kept_prefix():
+                probes = train_one_task_with_slsd(
+                    cfg, session, stage, train_log, method, previous, is_last, report.drift
+                )
+                trained = time.perf_counter()
+                costs = costs_of_stage(cfg, session, stage, method)
+                report.stage(stage, cfg.task_order if stage == JOINT else stages[: t + 1], is_last)
             journal.position["stages_done"] = t + 1
             journal.position["stages"][stage] = {
                 "probes": probes,
@@ -113,15 +114,13 @@ def train_one_task_with_slsd(
     Returns the number of samples that the method read beside the task's own.
     """
     samples, passes = session.data[task].train, session.passes
-    with passes.kept_prefix() as keep:
-        if visits_again(cfg, len(samples)):
-            keep(samples, f"frozen layers, {task}")
-        if not session.journal.training:
-            begin_stage(session, task, method, previous, drift)
-        others = method.auxiliary_samples()
-        keep(others, "frozen layers, probes")
-        options = {"method": method, "journal": session.journal, "stage": task}
-        TaskTraining(cfg, passes, task, samples, log, **options).run()
+    passes.keep_prefix(worth_keeping(cfg, task, samples), f"frozen layers, {task}")
+    if not session.journal.training:
+        begin_stage(session, task, method, previous, drift)
+    others = method.auxiliary_samples()
+    passes.keep_prefix(others, "frozen layers, probes")
+    options = {"method": method, "journal": session.journal, "stage": task}
+    TaskTraining(cfg, passes, task, samples, log, **options).run()
     passes.with_less_memory(lambda: method.end_task(task, samples, is_last))
     return len(others)
 

@@ -177,6 +177,18 @@ class BaseConfig(Knobs):
         at_least=0,
         decides=False,
     )
+    prefix_store: str = knob(
+        "",
+        "folder that keeps the frozen layers' output, for all samples, from one run to the next; "
+        "it may be removed at any time; none: host memory",
+        decides=False,
+    )
+    prefix_store_gib: float = knob(
+        100.0,
+        "GiB of disk for prefix_store; what was used longest ago gives way; 0: no store",
+        at_least=0,
+        decides=False,
+    )
     gradient_checkpointing: bool = knob(
         False,
         "recompute the upper layers in the backward: less memory, a third more time",

@@ -5,6 +5,7 @@ start from it and run the upper layers only.
 """
 
 import contextlib
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -51,28 +52,34 @@ def _replaced(layers: nn.ModuleList, new: dict[int, nn.Module]):
 
 
 class FrozenPrefix:
-    """Keeps the output of the frozen bottom layers of `model` in host memory, sample by sample.
+    """Keeps the output of the frozen bottom layers of `model` for the run, sample by sample.
 
     Args:
         model: a decoder whose lowest `num_frozen_layers` layers never change.
         num_frozen_layers: 0: nothing is ever kept.
-        room: bytes of host memory.
+        room: bytes of host memory, or of the store.
+        store: where passes are looked up before they are run, and left for others: `load(samples)`
+            gives the rows of a pass or None, `save(samples, rows)` takes them.
 
     Attributes:
-        used: bytes of host memory in use.
+        used: bytes in use.
     """
 
-    def __init__(self, model: nn.Module, num_frozen_layers: int, room: int):
+    def __init__(self, model: nn.Module, num_frozen_layers: int, room: int, store=None):
         self.model, self.num_frozen_layers = model, num_frozen_layers
         self.layers = find_decoder_layers(model)[1]
         self.room = room if num_frozen_layers else 0
-        self.used = 0
+        self.store, self.used = store, 0
         self._kept: dict[str, torch.Tensor] = {}
         self._returns_tuple = False
-        self._bytes_per_token = 0
+        self._bytes_per_token, self._is_checked = 0, False
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self._kept
+
+    def sample_ids(self) -> set[str]:
+        """Of all that is kept."""
+        return set(self._kept)
 
     @torch.no_grad()
     def run_bottom(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -117,20 +124,39 @@ class FrozenPrefix:
         # Samples of the same text have the same id.
         first = {sample["id"]: i for i, sample in reversed(list(enumerate(samples)))}
         new = sorted(i for sample_id, i in first.items() if sample_id not in self)
-        lengths = {i: len(samples[i]["input_ids"]) for i in new}
-        needed = sum(lengths.values()) * self._bytes_per_token
-        if not new or self.room == 0 or self.used + needed > self.room:
+        if not new or self.room == 0:
             return []
         with evaluation(self.model):
-            hidden = self.run_bottom(batch["input_ids"])
-            if not self._bytes_per_token:
-                self._check(batch, hidden)
-        hidden = hidden.cpu()
+            needed = sum(len(samples[i]["input_ids"]) for i in new) * self._token_bytes(batch)
+            if self.used + needed > self.room:
+                return []
+            rows = self._rows(samples, batch)
         for i in new:
-            # A copy: a view would hold the whole pass with its padding.
-            self._kept[samples[i]["id"]] = hidden[i, : lengths[i]].clone()
-            self.used += self._kept[samples[i]["id"]].nbytes
+            self._kept[samples[i]["id"]] = rows[i]
+            self.used += rows[i].nbytes
         return [samples[i]["id"] for i in new]
+
+    def _token_bytes(self, batch: dict) -> int:
+        if not self._bytes_per_token:
+            hidden = self.run_bottom(batch["input_ids"][:1, :1])
+            self._bytes_per_token = hidden.shape[-1] * hidden.element_size()
+        return self._bytes_per_token
+
+    def _rows(self, samples: list[dict], batch: dict) -> list[torch.Tensor]:
+        """(length, width) of each row of a pass, stored or run."""
+        rows = self.store.load(samples) if self.store else None
+        if rows is None:
+            hidden = self.run_bottom(batch["input_ids"])
+            if not self._is_checked:
+                self._check(batch, hidden)
+            pairs = zip(hidden.cpu(), samples, strict=True)
+            # A copy: a view would hold the whole pass with its padding.
+            rows = [row[: len(sample["input_ids"])].clone() for row, sample in pairs]
+            if self.store:
+                self.store.save(samples, rows)
+                # Mapped, they take no memory that others want.
+                rows = self.store.load(samples) or rows
+        return rows
 
     def _check(self, batch: dict, hidden: torch.Tensor) -> None:
         plain = response_logits(self.model, **batch).float()
@@ -140,9 +166,9 @@ class FrozenPrefix:
         tolerance = 1e-4 if hidden.dtype == torch.float32 else 1e-2
         if not difference <= tolerance:
             raise ValueError(f"its upper layers alone differ by {float(difference):.0e}")
-        self._bytes_per_token = hidden.shape[-1] * hidden.element_size()
+        self._is_checked = True
 
-    def drop(self, sample_ids: list[str]) -> None:
+    def drop(self, sample_ids: Iterable[str]) -> None:
         """Forgets samples."""
         for sample_id in sample_ids:
             self.used -= self._kept.pop(sample_id).nbytes

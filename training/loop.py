@@ -1,7 +1,6 @@
 """The one training loop and the evaluation."""
 
 import math
-import random
 import signal
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from models.forward import (
     seed_torch,
 )
 from training.passes import Passes, progress_bar
-from training.plan import count_steps
+from training.plan import count_steps, data_order
 from training.processes import gather, sum_gradients, sum_over_processes
 from training.saving import JsonlLog
 from training.session import Journal
@@ -150,11 +149,6 @@ class _Watch:
                     f"{where}: {self.skipped} overflows in a row in float16; give --dtype float32 "
                     "or bfloat16"
                 )
-
-
-def data_order(seed: int, task: str, epoch: int, num_samples: int) -> list[int]:
-    """The order in which an epoch, from 0, visits the training samples."""
-    return random.Random(f"{seed}/{task}/{epoch}").sample(range(num_samples), num_samples)
 
 
 class TaskTraining:

@@ -131,6 +131,9 @@ def make_passes(samples, tokens_per_pass: int, pad_token_id: int, device, share=
 class Passes:
     """The model on its device, and how samples reach it.
 
+    Args:
+        store: a `PrefixStore`; None: the frozen layers' output is kept in host memory.
+
     Attributes:
         tokens_per_pass: halved where memory runs out.
         samples_in_pass: of the pass at hand.
@@ -138,11 +141,14 @@ class Passes:
         prefix: the kept output of the frozen layers.
     """
 
-    def __init__(self, cfg, model: nn.Module, tokenizer, device: torch.device, stop: StopSignals):
+    def __init__(
+        self, cfg, model: nn.Module, tokenizer, device: torch.device, stop: StopSignals, store=None
+    ):
         self.model, self.tokenizer, self.device, self.stop = model, tokenizer, device, stop
         self.tokens_per_pass, self.samples_in_pass = cfg.tokens_per_pass, 0
         self.samples_read = {"backward": 0, "forward": 0}
-        self.prefix = FrozenPrefix(model, cfg.num_frozen_layers, prefix_room(cfg))
+        room = store.room if store else prefix_room(cfg)
+        self.prefix = FrozenPrefix(model, cfg.num_frozen_layers, room, store)
 
     def make(self, samples):
         """Cuts this process's share of `samples` into passes, see `make_passes`.
@@ -197,12 +203,12 @@ class Passes:
 
     @contextlib.contextmanager
     def kept_prefix(self):
-        """Yields `keep_prefix`; at the end of the block what it kept is dropped."""
-        kept = []
+        """At the end of the block what `keep_prefix` kept in it is dropped."""
+        before = self.prefix.sample_ids()
         try:
-            yield lambda *args: kept.extend(self.keep_prefix(*args))
+            yield
         finally:
-            self.prefix.drop(kept)
+            self.prefix.drop(self.prefix.sample_ids() - before)
 
     def with_less_memory(self, work: Callable):
         """`work()`; where it runs out of GPU memory, again with passes of half the tokens.

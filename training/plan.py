@@ -1,9 +1,11 @@
 """What a run will take: steps, parameters, memory and disk."""
 
+import random
 import shutil
 from pathlib import Path
 
 from torch import nn
+from torch.utils.data import Subset
 
 from configs.command_line import UserError, num_processes, processes_here
 from methods import find_method
@@ -35,6 +37,11 @@ def prefix_room(cfg) -> int:
     free = free_host_memory()
     # The rest is for logits, saved states and other programs.
     return max(0, free - max(free // 4, 4 * 2**30)) // processes_here()
+
+
+def prefix_limits(cfg) -> list[float]:
+    """GiB that the frozen layers' output may take [in host memory, in a store], as asked for."""
+    return [cfg.prefix_cache_gib, cfg.prefix_store_gib if cfg.prefix_store else 0.0]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -102,10 +109,22 @@ def count_steps(cfg, num_samples: int) -> tuple[int, int]:
     return per_epoch, min(total, cfg.max_steps_per_task or total)
 
 
-def visits_again(cfg, num_samples: int) -> bool:
-    """Whether a process meets a training sample more than once, so that keeping its prefix pays.
+def data_order(seed: int, task: str, epoch: int, num_samples: int) -> list[int]:
+    """The order in which an epoch, from 0, visits the training samples."""
+    return random.Random(f"{seed}/{task}/{epoch}").sample(range(num_samples), num_samples)
 
-    With several processes a sample meets another one in each epoch.
+
+def worth_keeping(cfg, task: str, samples):
+    """Those of the training `samples` whose prefix pays to be kept: the ones that are met again.
+
+    By this run, or where there is a store by the next one. With several processes a sample meets
+    another one in each epoch.
     """
-    per_epoch, total = count_steps(cfg, num_samples)
-    return total > per_epoch and num_processes() == 1
+    per_epoch, total = count_steps(cfg, len(samples))
+    has_store = prefix_limits(cfg)[1] > 0
+    if num_processes() > 1 or (total <= per_epoch and not has_store):
+        return []
+    if total >= per_epoch:
+        return samples
+    visited = data_order(cfg.seed, task, 0, len(samples))[: total * cfg.samples_per_step]
+    return Subset(samples, sorted(visited))

@@ -29,7 +29,8 @@ from training.base_model import (
     skeleton,
 )
 from training.passes import Passes, StopSignals
-from training.plan import check_disk, describe_parameters, report_plan
+from training.plan import check_disk, describe_parameters, prefix_limits, report_plan
+from training.prefix_store import open_store
 from training.processes import all_succeed, from_first, joined
 from training.saving import (
     JsonlLog,
@@ -140,7 +141,7 @@ class Journal:
                 "used": self.passes.tokens_per_pass,
             },
             "samples_read": self.passes.samples_read,
-            "prefix_room": {"given": self.cfg.prefix_cache_gib, "used": self.passes.prefix.room},
+            "prefix_room": {"given": prefix_limits(self.cfg), "used": self.passes.prefix.room},
         }
         self._state.save(facts, parts, keep)
 
@@ -160,7 +161,7 @@ class Journal:
         room = facts["prefix_room"]
         # What is kept changes the last bits.
         prefix = self.passes.prefix
-        if room["given"] == self.cfg.prefix_cache_gib and prefix.room:
+        if room["given"] == prefix_limits(self.cfg) and prefix.room:
             prefix.room = room["used"]
 
 
@@ -240,7 +241,8 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         if cfg.gradient_checkpointing:
             enable_checkpointing(model)
         print(f"{device}, {model.dtype}: {describe_parameters(model)}")
-        passes = Passes(cfg, model, tokenizer, device, stop)
+        (store,) = all_succeed([partial(open_store, cfg, model, about_base)])
+        passes = Passes(cfg, model, tokenizer, device, stop, store)
         journal = Journal(cfg, passes, about_base, state, identity)
         if saved:
             journal.resume(*saved)

@@ -34,8 +34,9 @@ from models.forward import IGNORE, response_tokens
 from training import loop
 from training import passes as passes_module
 from training.base_model import load_model, load_tokenizer
-from training.loop import TaskTraining, data_order, evaluate_loss
+from training.loop import TaskTraining, evaluate_loss
 from training.passes import Passes, StopSignals
+from training.plan import data_order
 from training.saving import RunState
 from training.session import Journal, Session, enable_checkpointing
 from utils_data import InstructionDataset, TaskData, read_jsonl
