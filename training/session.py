@@ -1,6 +1,7 @@
 """What a script trains with, and the journal of a run: its logs, position, states, checkpoints."""
 
 import contextlib
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -43,10 +44,17 @@ from training.saving import (
     run_lock,
     state_folder,
 )
-from utils_data import TaskData, prepare_task, read_jsonl
+from utils_data import PromptTemplate, TaskData, prepare_task, read_jsonl
 
 # What a checkpoint says of the run that made it, and what reads it must do alike.
-DECIDED_IN_TRAINING = ("method", "task_order", "holdout_fraction")
+DECIDED_IN_TRAINING = (
+    "method",
+    "task_order",
+    "holdout_fraction",
+    "prompt_template",
+    "num_frozen_layers",
+    "lora_target_modules",
+)
 
 
 class Journal:
@@ -100,7 +108,8 @@ class Journal:
         decided = {name: getattr(self.cfg, name) for name in DECIDED_IN_TRAINING}
         with atomic_folder(Path(self.cfg.save_dir) / name) as folder:
             save_adapter(self.passes.model, folder, **self.about_base, **decided)
-            self.passes.tokenizer.save_pretrained(folder)
+            with prompts_as_trained(self.passes.template):
+                self.passes.tokenizer.save_pretrained(folder)
             for file_name, of_file in tensors.items():
                 blob = safetensors.torch.save(of_file, metadata={"format": "pt"})
                 (folder / f"{file_name}.safetensors").write_bytes(blob)
@@ -162,6 +171,17 @@ class Journal:
             prefix.room = room["used"]
 
 
+@contextlib.contextmanager
+def prompts_as_trained(template: PromptTemplate):
+    """Within the block the tokenizer's chat template is `template`: servers prompt with it."""
+    tokenizer = template.tokenizer
+    own, tokenizer.chat_template = tokenizer.chat_template, template.chat_template()
+    try:
+        yield
+    finally:
+        tokenizer.chat_template = own
+
+
 @dataclass
 class Session:
     """What a script trains with: task -> its samples, how they reach the model, what is written."""
@@ -221,7 +241,14 @@ def set_up(cfg, run_name: str, tasks: list[str]):
             raise NothingToDo(
                 f"this run is finished: see {cfg.log_dir}; --overwrite true does it again"
             )
-        tokenizer = load_tokenizer(cfg)
+        tokenizer = load_tokenizer(cfg, model_config)
+        all_succeed([partial(PromptTemplate, tokenizer, cfg.prompt_template)])
+        if is_first() and cfg.prompt_template == "inst" and tokenizer.chat_template:
+            print(
+                "note: the tokenizer has a chat template, and --prompt_template inst does not use "
+                "it; chat does",
+                file=sys.stderr,
+            )
         checks = [
             partial(prepare_task, cfg, tokenizer, *pair) for pair in zip(tasks, rows, strict=True)
         ]
