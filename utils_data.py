@@ -163,7 +163,8 @@ class PromptTemplate:
         adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
         self.bos, self.opening, self.closing, self.end = [bos] if adds_bos else [], [], [], [eos]
         # LLaMA-2's tokenizer puts a space in front of every text, byte-level BPE puts none.
-        self._adds_space = self._encode(["x a"])[0][-1] == self._encode(["a"])[0][-1]
+        both, x, a = self._encode(["x a", "x", "a"])
+        self._adds_space = both == x + a
         # Text before and after the prompt's content, and in front of a reply.
         self._head, self._tail, self._lead = "", "", " "
         if kind == "inst":
