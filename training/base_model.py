@@ -211,7 +211,8 @@ def load_tokenizer(cfg, model_config):
         tokenizer = AutoTokenizer.from_pretrained(**_location(cfg), trust_remote_code=False)
         tokenizer("a", add_special_tokens=False, split_special_tokens=True)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        if Path(cfg.model_name, "tekken.json").exists() or "mistral" in str(error).lower():
+        is_import = isinstance(error, ImportError) and "mistral" in str(error).lower()
+        if is_import or "MistralCommon" in str(error):
             raise UserError(
                 f"--model_name {cfg.model_name}: its tokenizer is Mistral's own (tekken), which "
                 "cannot read special tokens as plain text; give a version of the model with a "

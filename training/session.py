@@ -192,9 +192,12 @@ class Session:
 
 
 def inject(cfg, model: nn.Module) -> nn.Module:
-    """`model` with the branches that `cfg` asks for; `UserError` where they do not fit."""
+    """`model` with the branches that `cfg` asks for, and with its checkpointing.
+
+    Raises `UserError` where they do not fit.
+    """
     try:
-        return replace_with_ds_lora(
+        replace_with_ds_lora(
             model,
             cfg.lora_target_modules,
             cfg.lora_r,
@@ -204,6 +207,9 @@ def inject(cfg, model: nn.Module) -> nn.Module:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if cfg.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
 
 
 @contextlib.contextmanager
@@ -262,8 +268,6 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         (model,) = all_succeed([partial(load_model, cfg, device)])
         torch.manual_seed(cfg.seed)
         inject(cfg, model)
-        if cfg.gradient_checkpointing:
-            enable_checkpointing(model)
         print(f"{device}, {model.dtype}: {describe_parameters(model)}")
         passes = Passes(cfg, model, tokenizer, device, stop)
         journal = Journal(cfg, passes, about_base, state, identity)
@@ -280,10 +284,16 @@ def set_up(cfg, run_name: str, tasks: list[str]):
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Recomputes the layers with branches in the backward; the frozen bottom stays outside it."""
+    """Recomputes the layers with branches in the backward; the frozen bottom stays outside it.
+
+    Raises `UserError` where the family cannot.
+    """
     # The reentrant kind gives `backward(inputs=...)` nothing, without a word.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"--gradient_checkpointing true: {error} Give false") from error
     # transformers 5 makes the embeddings require grad, which would drag the backward through the
     # frozen layers.
     model.disable_input_require_grads()
