@@ -73,7 +73,7 @@ def say(stage: Stage, reading: str, source: str, text: str, max_new_tokens: int)
     """Prints the answer to `text` token by token."""
     model, tokenizer = stage.passes.model, stage.passes.tokenizer
     row = {"instruction": text, "input": ""}
-    prompts = prompt_ids(tokenizer, [row], stage.cfg.max_seq_len)
+    prompts = prompt_ids(stage.passes.template, [row], stage.cfg.max_seq_len)
     (source,) = sources_of(stage, reading, source, prompt_samples(prompts))
     if READINGS[reading].is_routed:
         print(f"({source})")
@@ -81,7 +81,7 @@ def say(stage: Stage, reading: str, source: str, text: str, max_new_tokens: int)
     with (
         read_as(stage, reading, source),
         evaluation(model),
-        greedy(model, tokenizer, max_new_tokens),
+        greedy(model, stage.passes.template, max_new_tokens),
     ):
         inputs = left_padded(prompts, tokenizer.pad_token_id, stage.passes.device)
         model.generate(**inputs, streamer=streamer)

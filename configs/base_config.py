@@ -136,6 +136,11 @@ class BaseConfig(Knobs):
     holdout_fraction: float = knob(
         0.1, "share of each task that is never trained on but evaluated", above=0, below=1
     )
+    prompt_template: Literal["inst", "chat", "plain"] = knob(
+        "inst",
+        "what stands around a sample's texts: LLaMA-2's [INST]; chat: the tokenizer's own chat "
+        "template; plain: nothing",
+    )
     # The template alone takes ten.
     max_seq_len: int = knob(
         2048, "tokens per sample; the prompt's end gives way first", at_least=16

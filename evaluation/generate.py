@@ -25,22 +25,24 @@ def prompt_samples(prompts: list[list[int]]) -> list[dict]:
     return [{"id": "", "input_ids": i, "labels": torch.full_like(i, IGNORE)} for i in ids]
 
 
-def prompt_ids(tokenizer, rows: list[dict], max_length: int) -> list[list[int]]:
+def prompt_ids(template: PromptTemplate, rows: list[dict], max_length: int) -> list[list[int]]:
     """The ids of each row's prompt, as in training: what an `InstructionDataset` does not label."""
-    template = PromptTemplate(tokenizer)
     return [template.join(prompt, max_length) for prompt in template.prompts(rows)]
 
 
 @contextlib.contextmanager
-def greedy(model, tokenizer, max_new_tokens: int):
-    """Within the block `model.generate` is greedy, whatever the base model's own settings."""
+def greedy(model, template: PromptTemplate, max_new_tokens: int):
+    """Within the block `model.generate` is greedy up to the end of a reply in `template`.
+
+    Whatever the base model's own settings.
+    """
     before = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=template.stop,
+        pad_token_id=template.tokenizer.pad_token_id,
     )
     try:
         yield
@@ -59,7 +61,7 @@ def left_padded(prompts: list[list[int]], pad: int, device) -> dict[str, torch.T
 def generate(
     passes: Passes, prompts: list[list[int]], max_new_tokens: int, description: str = "generating"
 ) -> list[str]:
-    """The greedy continuation of each prompt (token ids) up to eos, as text, in their order.
+    """The greedy continuation of each prompt (token ids) up to its end, as text, in their order.
 
     The samples are shared among the processes; every one gets all answers.
     """
@@ -70,7 +72,7 @@ def generate(
     def run() -> dict[int, str]:
         replies, start = {}, 0
         progress = progress_bar(len(prompts), description, "answer")
-        with evaluation(model), greedy(model, tokenizer, max_new_tokens), progress:
+        with evaluation(model), greedy(model, passes.template, max_new_tokens), progress:
             while start < len(mine):
                 passes.stop.check()
                 longest = len(prompts[mine[start]]) + max_new_tokens
@@ -126,7 +128,7 @@ def answer(
     Args:
         max_new_tokens: 0: as many as the task wants.
     """
-    prompts = prompt_ids(stage.passes.tokenizer, rows, stage.cfg.max_seq_len)
+    prompts = prompt_ids(stage.passes.template, rows, stage.cfg.max_seq_len)
     limit = max_new_tokens or find_task(task).max_new_tokens
     replies, sources = [""] * len(rows), [""] * len(rows)
     for source, chosen in sources_of(stage, reading, task, prompt_samples(prompts)).items():

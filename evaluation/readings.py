@@ -30,7 +30,7 @@ from training.passes import Passes, StopSignals
 from training.processes import gather
 from training.saving import differences
 from training.session import DECIDED_IN_TRAINING, inject
-from utils_data import TaskData
+from utils_data import PromptTemplate, TaskData
 
 ROUTER_PROMPTS = 500
 
@@ -65,10 +65,12 @@ READINGS = {
 }
 
 
-def possible_readings(method: type[Method], num_frozen_layers: int) -> list[str]:
+def possible_readings(method: type[Method], passes: Passes) -> list[str]:
     """The readings that mean something for a model trained by `method`."""
     # Without a frozen layer no hidden state stays as it was.
-    return [name for name in method.readings if num_frozen_layers or not READINGS[name].is_routed]
+    return [
+        name for name in method.readings if not READINGS[name].is_routed or passes.has_frozen_output
+    ]
 
 
 @dataclass
@@ -97,7 +99,7 @@ class Stage:
         """Those that mean something for it."""
         if self.name == BASE:
             return [LATEST]
-        return possible_readings(self.method, self.cfg.num_frozen_layers)
+        return possible_readings(self.method, self.passes)
 
     @property
     def seen(self) -> list[str]:
@@ -121,6 +123,7 @@ class Stage:
         known = {name: facts[name] for name in DECIDED_IN_TRAINING if name in facts}
         self.cfg = dataclasses.replace(self.cfg, **known, save_dir=str(folder.parent))
         self.name, self.router = folder.name.removeprefix("seq_"), Router()
+        self.passes.template = PromptTemplate(self.passes.tokenizer, self.cfg.prompt_template)
         saved = folder / "router.safetensors"
         if saved.exists():
             self.router.restore(safetensors.torch.load(saved.read_bytes()))
@@ -202,6 +205,14 @@ def evaluate_reading(stage: Stage, reading: str, task: str) -> tuple[dict, dict[
     )
 
 
+def _frozen_layers(facts: dict, peft: dict) -> int:
+    # Where only some layers have a target, the lowest with branches may be far above the frozen
+    # ones. Older checkpoints do not say more.
+    if "num_frozen_layers" in facts:
+        return facts["num_frozen_layers"]
+    return min(peft["layers_to_transform"])
+
+
 def open_stage(cfg, checkpoint: str) -> Stage:
     """Loads the base model and the stage checkpoint `checkpoint`, a folder, or "base" for none.
 
@@ -217,22 +228,22 @@ def open_stage(cfg, checkpoint: str) -> Stage:
                 cfg,
                 lora_r=facts["r"],
                 lora_alpha=facts["alpha"],
-                lora_target_modules=peft["target_modules"],
-                num_frozen_layers=min(peft["layers_to_transform"]),
+                lora_target_modules=facts.get("lora_target_modules", peft["target_modules"]),
+                num_frozen_layers=_frozen_layers(facts, peft),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"--checkpoint {folder} is no stage checkpoint ({error!r}): give a folder such as "
                 f"checkpoints/seq_{cfg.task_order[-1]}, or base"
             ) from error
-    check_model(cfg)
+    model_config = check_model(cfg)
     about = describe_base(cfg)
     known = {key: facts[key] for key in about if key in facts}
     if differing := differences(known, {key: about[key] for key in known}):
         raise UserError(f"--checkpoint {folder} has another base model ({differing}): give its own")
     device = select_device(cfg.device)
     model = inject(cfg, load_model(cfg, device))
-    passes = Passes(cfg, model, load_tokenizer(cfg), device, StopSignals())
+    passes = Passes(cfg, model, load_tokenizer(cfg, model_config), device, StopSignals())
     stage = Stage(BASE, cfg, passes)
     if checkpoint != BASE:
         stage.take_up(folder)

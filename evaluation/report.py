@@ -59,7 +59,7 @@ class SequenceReport:
         self.now = Stage(BASE, cfg, self.passes, session.data)
         self.journal.attach("router", self.now.router)
         self.method = find_method(cfg.method)
-        possible = possible_readings(self.method, cfg.num_frozen_layers)
+        possible = possible_readings(self.method, self.passes)
         self.others = [reading for reading in possible if reading != LATEST]
         self.questions = {
             task: held_out_questions(task, session.data[task].held_out_rows)
@@ -122,7 +122,7 @@ class SequenceReport:
             for number, row in enumerate(self.questions[task].rows[:ANSWERS_SHOWN])
         ]
         rows = [row for *_, row in first]
-        prompts = prompt_ids(self.passes.tokenizer, rows, self.cfg.max_seq_len)
+        prompts = prompt_ids(self.passes.template, rows, self.cfg.max_seq_len)
         replies = generate(self.passes, prompts, ANSWER_TOKENS, f"{self.now.name}: answers")
         for (task, number, _), reply in zip(first, replies, strict=True):
             self.samples.write(stage=self.now.name, task=task, number=number, reply=reply)

@@ -7,6 +7,7 @@ Slow is shared by all tasks and learns at a small rate; fast follows the task at
 import contextlib
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -176,6 +177,17 @@ def replace_with_ds_lora(
     return model
 
 
+def training_mode(model: nn.Module, num_frozen_layers: int) -> None:
+    """Train mode for the layers above the frozen ones, eval mode for all below and around them.
+
+    The base's own dropout, layer drop and router jitter are off there, so what the frozen layers
+    make of a text is the same in training, evaluation and the kept prefix.
+    """
+    model.eval()
+    for layer in find_decoder_layers(model)[1][num_frozen_layers:]:
+        layer.train()
+
+
 def branch_parameters(model: nn.Module, branch: str) -> list[nn.Parameter]:
     """All parameters of the branch "slow" or "fast", bottom up, A before B."""
     return [p for layer in ds_lora_layers(model).values() for p in layer.branch(branch)]
@@ -289,8 +301,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_f
     first = next(iter(layers.values()))
     r_slow = len(first.lora_A_slow)
     rank = r_slow + first.r
-    stack_name, decoder = find_decoder_layers(model)
-    indices = sorted({int(name.removeprefix(stack_name + ".").split(".")[0]) for name in layers})
+    decoder = find_decoder_layers(model)[1]
     tensors = {}
     for name, layer in layers.items():
         (A_slow, B_slow), (A_fast, B_fast) = layer.branch("slow"), layer.branch("fast")
@@ -305,9 +316,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_f
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": first.alpha * rank // first.r,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers}),
-        "layers_to_transform": indices,
-        "layers_pattern": stack_name.rsplit(".", 1)[-1],
+        **_places(model),
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
@@ -323,6 +332,30 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_f
     }
     for name, value in (("adapter_config.json", peft_config), ("ds_lora.json", ds_lora)):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _places(model: nn.Module) -> dict:
+    """PEFT's words for where the branches are: short names and layer numbers where these are exact.
+
+    Where they would find other layers too, such as those of a vision tower, whole names.
+    """
+    stack_name, names = find_decoder_layers(model)[0], set(ds_lora_layers(model))
+    short = sorted({name.rsplit(".", 1)[-1] for name in names})
+    pattern = stack_name.rsplit(".", 1)[-1]
+    indices = sorted({int(name.removeprefix(stack_name + ".").split(".")[0]) for name in names})
+    # PEFT's rule: the name's end, and the first number behind the list's name.
+    number = re.compile(rf"(?:^|.*?\.){re.escape(pattern)}\.(\d+)\.")
+    found = {
+        name
+        for name, _ in model.named_modules()
+        if name.rsplit(".", 1)[-1] in short
+        and (match := number.match(name))
+        and int(match[1]) in indices
+    }
+    exact = {"layers_to_transform": indices, "layers_pattern": pattern}
+    return (
+        {"target_modules": short, **exact} if found == names else {"target_modules": sorted(names)}
+    )
 
 
 @torch.no_grad()

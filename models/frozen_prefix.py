@@ -15,16 +15,23 @@ from models.ds_lora import find_decoder_layers
 from models.forward import evaluation, response_logits
 
 
+class _Reached(Exception):
+    """The forward has come to the end of the frozen layers: the rest need not be run."""
+
+
 class _StandIn(nn.Module):
     """Takes the place of a decoder layer: returns `output` where given, else its own input.
 
     The list of layers keeps its length, since models choose masks by a layer's number; what else
     they read from a layer is answered by the one replaced.
+
+    Args:
+        returned: of the tuple that the layer returns how many, 0 where it returns a tensor alone.
     """
 
-    def __init__(self, layer: nn.Module, returns_tuple: bool = False, output=None):
+    def __init__(self, layer: nn.Module, returned: int = 0, output=None):
         super().__init__()
-        self.returns_tuple, self.output = returns_tuple, output
+        self.returned, self.output = returned, output
         # Not as a submodule: its parameters are not to be found here.
         object.__setattr__(self, "_layer", layer)
 
@@ -36,7 +43,7 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden_states, *args, **kwargs):
         output = hidden_states if self.output is None else self.output
-        return (output,) if self.returns_tuple else output
+        return (output, *[None] * (self.returned - 1)) if self.returned else output
 
 
 @contextlib.contextmanager
@@ -71,8 +78,7 @@ class FrozenPrefix:
         self.room = room if num_frozen_layers else 0
         self.store, self.used = store, 0
         self._kept: dict[str, torch.Tensor] = {}
-        self._returns_tuple = False
-        self._bytes_per_token, self._is_checked = 0, False
+        self._returned, self._bytes_per_token, self._is_checked = 0, 0, False
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self._kept
@@ -83,17 +89,30 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def run_bottom(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Output of the highest frozen layer, (batch, length, width) in the activations' dtype."""
-        top, outputs = self.num_frozen_layers, []
-        upper = {i: _StandIn(self.layers[i]) for i in range(top, len(self.layers))}
-        hook = self.layers[top - 1].register_forward_hook(lambda *args: outputs.append(args[2]))
+        """Output of the highest frozen layer, (batch, length, width) in the activations' dtype.
+
+        Raises ValueError where the model's layers give something else.
+        """
+        outputs = []
+
+        def stop(_layer, _args, output):
+            outputs.append(output)
+            raise _Reached
+
+        hook = self.layers[self.num_frozen_layers - 1].register_forward_hook(stop)
         try:
-            with _replaced(self.layers, upper):
-                self.model.get_decoder()(input_ids=input_ids, use_cache=False)
+            self.model(input_ids=input_ids, use_cache=False)
+        except _Reached:
+            pass
         finally:
             hook.remove()
-        self._returns_tuple = isinstance(outputs[0], tuple)
-        return outputs[0][0] if self._returns_tuple else outputs[0]
+        (output,) = outputs
+        self._returned = len(output) if isinstance(output, tuple) else 0
+        hidden = output[0] if self._returned else output
+        if hidden.shape[:-1] != input_ids.shape:
+            shape = tuple(hidden.shape)
+            raise ValueError(f"its layers give {shape} for {tuple(input_ids.shape)} tokens")
+        return hidden
 
     @contextlib.contextmanager
     def resumed(self, hidden: torch.Tensor):
@@ -103,7 +122,7 @@ class FrozenPrefix:
         """
         top = self.num_frozen_layers
         stand_ins = {
-            i: _StandIn(self.layers[i], self._returns_tuple, hidden if i == top - 1 else None)
+            i: _StandIn(self.layers[i], self._returned, hidden if i == top - 1 else None)
             for i in range(top)
         }
         with _replaced(self.layers, stand_ins):
@@ -115,7 +134,8 @@ class FrozenPrefix:
         Kept already, or no room left: nothing is run. A row's bits depend on the rows beside it,
         so the same samples must always come in the same passes.
 
-        Raises ValueError where the first pass differs from the plain model's.
+        Raises ValueError where the first pass differs from the plain model's, and whatever a
+        model raises that cannot be run in parts.
 
         Args:
             samples: {"id", "input_ids"} of each row.

@@ -13,6 +13,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -172,11 +173,16 @@ def check_model(cfg):
         config = AutoConfig.from_pretrained(**location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _explain(cfg, error) from error
-    kinds = config.architectures or []
-    if kinds and not any(
-        re.search("CausalLM|LMHead|ConditionalGeneration", kind) for kind in kinds
-    ):
-        raise UserError(f"--model_name {cfg.model_name}: {kinds[0]} is no causal language model")
+    kinds = config.architectures or [type(config).__name__.removesuffix("Config")]
+    names = "CausalLM|LMHead|ConditionalGeneration"
+    is_named_so = not config.architectures or any(re.search(names, kind) for kind in kinds)
+    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    if not (is_named_so and is_decoder):
+        raise UserError(
+            f"--model_name {cfg.model_name}: {kinds[0]} is no causal language model of "
+            "transformers (AutoModelForCausalLM): give a decoder-only one, such as the text model "
+            "inside"
+        )
     text = config.get_text_config()
     layers, positions = text.num_hidden_layers, getattr(text, "max_position_embeddings", None)
     problems = []
@@ -192,22 +198,38 @@ def check_model(cfg):
 
 def load_model_and_tokenizer(cfg, device: torch.device):
     """(model in eval mode on `device`, tokenizer with a pad token); see `load_model`."""
-    check_model(cfg)
-    return load_model(cfg, device), load_tokenizer(cfg)
+    config = check_model(cfg)
+    return load_model(cfg, device), load_tokenizer(cfg, config)
 
 
-def load_tokenizer(cfg):
-    """The base model's tokenizer, with a pad token; `UserError` where it has no eos token."""
+def load_tokenizer(cfg, model_config):
+    """The base model's tokenizer, with a pad token that the embeddings of the model have.
+
+    Raises `UserError` where it has no eos token, or cannot read special tokens as plain text.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_location(cfg), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        tokenizer("a", add_special_tokens=False, split_special_tokens=True)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        is_import = isinstance(error, ImportError) and "mistral" in str(error).lower()
+        if is_import or "MistralCommon" in str(error):
+            raise UserError(
+                f"--model_name {cfg.model_name}: its tokenizer is Mistral's own (tekken), which "
+                "cannot read special tokens as plain text; give a version of the model with a "
+                "tokenizer.json"
+            ) from error
         raise _explain(cfg, error) from error
-    if tokenizer.eos_token_id is None:
+    eos, size = tokenizer.eos_token_id, model_config.get_text_config().vocab_size
+    if eos is None or eos >= size:
+        fault = "no eos token" if eos is None else f"eos token {eos} beyond {size} embeddings"
         raise UserError(
-            f"--model_name {cfg.model_name}: its tokenizer has no eos token, which ends a response"
+            f"--model_name {cfg.model_name}: its tokenizer has {fault}, which ends a response"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token_id >= size:
+        # It is never learned and never looked at, but the embeddings are asked for it.
+        tokenizer.pad_token = tokenizer.eos_token
     # Under a causal mask padding on the right needs no attention mask.
     tokenizer.padding_side = "right"
     return tokenizer
@@ -244,7 +266,7 @@ def load_model(cfg, device: torch.device):
             device_map={"": device},
             quantization_config=_quantization(cfg, dtype),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise _explain(cfg, error) from error
     except SafetensorError as error:
         raise UserError(
@@ -323,10 +345,26 @@ def describe_base(cfg) -> dict:
     from gguf import GGUFReader
 
     # The hash tells the file; the hub id, from its header and name, is what others can load.
-    owner = GGUFReader(path).get_field("general.organization")
-    if owner:
-        facts["base_model"] = (
-            f"{owner.contents()}/{path.name.removesuffix('.gguf').rsplit('.', 1)[0]}"
-        )
+    header = GGUFReader(path).fields
+    known = {key: field.contents() for key, field in header.items() if key.startswith("general.")}
+    facts["base_model"] = hub_id_of_gguf(path.name, known) or cfg.model_name
     facts["gguf_sha256"] = file_sha256(path)
     return facts
+
+
+def hub_id_of_gguf(file_name: str, header: dict) -> str | None:
+    """The hub id of the model that a GGUF file was made from; None where nothing tells it.
+
+    `general.base_model.*` is that model, or the one that it was fine-tuned from: the file's name
+    and `general.finetune` tell which.
+    """
+    name = re.sub(r"(?i)[.-](i?q\d\w*|b?f(16|32))?$", "", file_name.removesuffix(".gguf"))
+    url = str(header.get("general.base_model.0.repo_url", ""))
+    base = url.partition("huggingface.co/")[2].strip("/")
+    owner, _, base_name = base.partition("/")
+    organization = str(header.get("general.organization", "")).strip()
+    if base and (base_name.lower() == name.lower() or "general.finetune" not in header):
+        return base
+    if base and re.sub(r"\W+", "-", organization).lower() == owner.lower():
+        return f"{owner}/{name}"
+    return f"{organization}/{name}" if re.fullmatch(r"[\w.-]+", organization) else None

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from configs.command_line import Stopped, UserError, num_processes, rank, shows_progress
 from methods import find_method
 from methods.method import Method
+from models.ds_lora import training_mode
 from models.forward import (
     cross_entropy,
     evaluation,
@@ -200,7 +201,7 @@ class TaskTraining:
         Raises `UserError` where a loss or gradient is not finite, before anything of it is saved,
         and `Stopped` where the run is to stop, after it was saved.
         """
-        self.model.train()
+        training_mode(self.model, self.cfg.num_frozen_layers)
         order: list[int] = []
         with _Progress(self.task, self.total, self.start) as progress:
             for step in range(self.start, self.total):
@@ -257,7 +258,7 @@ class TaskTraining:
         pause = time.perf_counter()
         if self.on_epoch_end and ends_epoch:
             self.on_epoch_end(epoch + 1)
-            self.model.train()
+            training_mode(self.model, self.cfg.num_frozen_layers)
         if saves:
             self._save(step + 1)
         if stopping:

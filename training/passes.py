@@ -1,6 +1,7 @@
 """How samples reach the model: cut into passes, from the kept prefix, until the run is to stop."""
 
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -13,10 +14,10 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.command_line import Stopped, UserError, num_processes, rank, shows_progress
-from models.forward import IGNORE, to_device
+from models.forward import IGNORE, evaluation, to_device
 from models.frozen_prefix import FrozenPrefix
 from training.plan import prefix_room
-from utils_data import collate_fn
+from utils_data import PromptTemplate, collate_fn
 
 # Passes without gradients keep no activations: a GPU takes them larger. A CPU gains nothing.
 PASS_WITHOUT_GRADIENTS = 4
@@ -128,6 +129,10 @@ def make_passes(samples, tokens_per_pass: int, pad_token_id: int, device, share=
         yield indices, {"input_ids": input_ids, "positions": positions}, targets
 
 
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 class Passes:
     """The model on its device, and how samples reach it.
 
@@ -139,12 +144,14 @@ class Passes:
         samples_in_pass: of the pass at hand.
         samples_read: samples of all passes so far, with a backward and without.
         prefix: the kept output of the frozen layers.
+        template: what stands around the samples' texts.
     """
 
     def __init__(
         self, cfg, model: nn.Module, tokenizer, device: torch.device, stop: StopSignals, store=None
     ):
         self.model, self.tokenizer, self.device, self.stop = model, tokenizer, device, stop
+        self.template = PromptTemplate(tokenizer, cfg.prompt_template)
         self.tokens_per_pass, self.samples_in_pass = cfg.tokens_per_pass, 0
         self.samples_read = {"backward": 0, "forward": 0}
         room = store.room if store else prefix_room(cfg)
@@ -195,11 +202,33 @@ class Passes:
                     self.stop.check()
                     kept += self.prefix.keep([samples[i] for i in indices], batch)
                     progress.update(len(indices))
-        except (ValueError, torch.OutOfMemoryError) as error:
-            reason = str(error).partition("\n")[0]
-            print(f"{type(self.model).__name__} goes on without --prefix_cache_gib: {reason}")
+        except Stopped:
+            raise
+        except Exception as error:
+            # Whatever a family's own code makes of being run in parts: the plain model still runs.
+            print(f"{self._family} goes on without --prefix_cache_gib: {_in_one_line(error)}")
             self.prefix.room = 0
         return kept
+
+    @functools.cached_property
+    def has_frozen_output(self) -> bool:
+        """Whether the frozen layers' output can be had, which routing needs; where not, says so."""
+        if not self.prefix.num_frozen_layers:
+            return False
+        ids = torch.tensor([[self.tokenizer.eos_token_id] * 2], device=self.device)
+        try:
+            with evaluation(self.model):
+                self.prefix.run_bottom(ids)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            print(f"{self._family} is not read as routed: {_in_one_line(error)}")
+            return False
+        return True
+
+    @property
+    def _family(self) -> str:
+        return type(self.model).__name__
 
     @contextlib.contextmanager
     def kept_prefix(self):

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch.utils.data import Subset
 
 from configs.command_line import UserError, num_processes, processes_here
 from methods import find_method
+from models.ds_lora import ds_lora_layers
 from training.base_model import model_dtype
 from utils_data import TaskData
 
@@ -51,9 +53,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def describe_parameters(model: nn.Module) -> str:
-    """Trainable and frozen parameters, in words."""
+    """Trainable and frozen parameters and where the branches are, in words."""
     trainable, frozen = count_parameters(model)
-    return f"{trainable:,} trainable parameters, {frozen:,} frozen"
+    kinds = Counter(name.rsplit(".", 1)[-1] for name in ds_lora_layers(model))
+    places = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+    return f"{trainable:,} trainable parameters, {frozen:,} frozen; branches beside {places}"
 
 
 def disk_bytes(cfg, model: nn.Module, num_tasks: int) -> int:

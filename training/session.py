@@ -1,6 +1,7 @@
 """What a script trains with, and the journal of a run: its logs, position, states, checkpoints."""
 
 import contextlib
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -44,10 +45,17 @@ from training.saving import (
     run_lock,
     state_folder,
 )
-from utils_data import TaskData, prepare_task, read_jsonl
+from utils_data import PromptTemplate, TaskData, prepare_task, read_jsonl
 
 # What a checkpoint says of the run that made it, and what reads it must do alike.
-DECIDED_IN_TRAINING = ("method", "task_order", "holdout_fraction")
+DECIDED_IN_TRAINING = (
+    "method",
+    "task_order",
+    "holdout_fraction",
+    "prompt_template",
+    "num_frozen_layers",
+    "lora_target_modules",
+)
 
 
 class Journal:
@@ -101,7 +109,8 @@ class Journal:
         decided = {name: getattr(self.cfg, name) for name in DECIDED_IN_TRAINING}
         with atomic_folder(Path(self.cfg.save_dir) / name) as folder:
             save_adapter(self.passes.model, folder, **self.about_base, **decided)
-            self.passes.tokenizer.save_pretrained(folder)
+            with prompts_as_trained(self.passes.template):
+                self.passes.tokenizer.save_pretrained(folder)
             for file_name, of_file in tensors.items():
                 blob = safetensors.torch.save(of_file, metadata={"format": "pt"})
                 (folder / f"{file_name}.safetensors").write_bytes(blob)
@@ -165,6 +174,17 @@ class Journal:
             prefix.room = room["used"]
 
 
+@contextlib.contextmanager
+def prompts_as_trained(template: PromptTemplate):
+    """Within the block the tokenizer's chat template is `template`: servers prompt with it."""
+    tokenizer = template.tokenizer
+    own, tokenizer.chat_template = tokenizer.chat_template, template.chat_template()
+    try:
+        yield
+    finally:
+        tokenizer.chat_template = own
+
+
 @dataclass
 class Session:
     """What a script trains with: task -> its samples, how they reach the model, what is written."""
@@ -175,9 +195,12 @@ class Session:
 
 
 def inject(cfg, model: nn.Module) -> nn.Module:
-    """`model` with the branches that `cfg` asks for; `UserError` where they do not fit."""
+    """`model` with the branches that `cfg` asks for, and with its checkpointing.
+
+    Raises `UserError` where they do not fit.
+    """
     try:
-        return replace_with_ds_lora(
+        replace_with_ds_lora(
             model,
             cfg.lora_target_modules,
             cfg.lora_r,
@@ -187,6 +210,9 @@ def inject(cfg, model: nn.Module) -> nn.Module:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if cfg.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
 
 
 @contextlib.contextmanager
@@ -224,7 +250,14 @@ def set_up(cfg, run_name: str, tasks: list[str]):
             raise NothingToDo(
                 f"this run is finished: see {cfg.log_dir}; --overwrite true does it again"
             )
-        tokenizer = load_tokenizer(cfg)
+        tokenizer = load_tokenizer(cfg, model_config)
+        all_succeed([partial(PromptTemplate, tokenizer, cfg.prompt_template)])
+        if is_first() and cfg.prompt_template == "inst" and tokenizer.chat_template:
+            print(
+                "note: the tokenizer has a chat template, and --prompt_template inst does not use "
+                "it; chat does",
+                file=sys.stderr,
+            )
         checks = [
             partial(prepare_task, cfg, tokenizer, *pair) for pair in zip(tasks, rows, strict=True)
         ]
@@ -238,8 +271,6 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         (model,) = all_succeed([partial(load_model, cfg, device)])
         torch.manual_seed(cfg.seed)
         inject(cfg, model)
-        if cfg.gradient_checkpointing:
-            enable_checkpointing(model)
         print(f"{device}, {model.dtype}: {describe_parameters(model)}")
         (store,) = all_succeed([partial(open_store, cfg, model, about_base)])
         passes = Passes(cfg, model, tokenizer, device, stop, store)
@@ -257,10 +288,16 @@ def set_up(cfg, run_name: str, tasks: list[str]):
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Recomputes the layers with branches in the backward; the frozen bottom stays outside it."""
+    """Recomputes the layers with branches in the backward; the frozen bottom stays outside it.
+
+    Raises `UserError` where the family cannot.
+    """
     # The reentrant kind gives `backward(inputs=...)` nothing, without a word.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"--gradient_checkpointing true: {error} Give false") from error
     # transformers 5 makes the embeddings require grad, which would drag the backward through the
     # frozen layers.
     model.disable_input_require_grads()

@@ -289,7 +289,7 @@ def main():
     model = build_model(cfg, device)
     need = cfg.samples_per_step * (args.steps + args.warmup)
     named = args.tokenizer or ("" if args.model == "llama7b" else args.model)
-    tokenizer = load_tokenizer(BaseConfig(model_name=named)) if named else None
+    tokenizer = load_tokenizer(BaseConfig(model_name=named), model.config) if named else None
     if args.data:
         data = InstructionDataset(read_jsonl(args.data), tokenizer, 10**6)
         all_rows = Rows(

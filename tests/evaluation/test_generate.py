@@ -24,7 +24,7 @@ from tasks.code import judge_code
 from tasks.math import judge_math
 from tasks.tool import judge_calls
 from training.passes import Passes, StopSignals
-from utils_data import InstructionDataset
+from utils_data import InstructionDataset, PromptTemplate
 
 TASKS = ["T1_general", "T2_math", "T3_code"]
 
@@ -49,14 +49,15 @@ def plainly(model, prompt, most, eos):
 def test_prompts_are_those_of_training_and_hold_no_answer(tokenizer):
     rows = make_rows("T1_general", 9)
     samples = InstructionDataset(rows, tokenizer, 64)
-    prompts = prompt_ids(tokenizer, rows, 64)
+    template = PromptTemplate(tokenizer)
+    prompts = prompt_ids(template, rows, 64)
     for sample, prompt, row in zip(samples, prompts, rows, strict=True):
         assert sample["input_ids"][sample["labels"] == IGNORE].tolist() == prompt
-        assert prompt_ids(tokenizer, [{**row, "output": "another"}], 64) == [prompt]
+        assert prompt_ids(template, [{**row, "output": "another"}], 64) == [prompt]
 
 
 def test_answers_are_greedy_whatever_the_batch_and_the_models_own_settings(passes):
-    prompts = prompt_ids(passes.tokenizer, make_rows("T2_math", 7), 64)
+    prompts = prompt_ids(passes.template, make_rows("T2_math", 7), 64)
     eos = passes.tokenizer.eos_token_id
     expected = [
         passes.tokenizer.decode(plainly(passes.model, p, 12, eos), skip_special_tokens=True)
@@ -94,7 +95,7 @@ def test_padding_is_on_the_left():
 
 
 def test_out_of_memory_halves_the_batch(passes, monkeypatch, capsys):
-    prompts = prompt_ids(passes.tokenizer, make_rows("T2_math", 8), 64)
+    prompts = prompt_ids(passes.template, make_rows("T2_math", 8), 64)
     passes.tokens_per_pass = 1000
     expected, plain = generate(passes, prompts, 5), passes.model.generate
 
@@ -365,5 +366,5 @@ def test_a_chat_says_what_generation_says(passes, make_config, monkeypatch, caps
     stage = Stage(BASE, make_config(), passes)
     chat.say(stage, "latest", "", "sum 1 and 2", 9)
     row = {"instruction": "sum 1 and 2", "input": ""}
-    prompts = prompt_ids(passes.tokenizer, [row], stage.cfg.max_seq_len)
+    prompts = prompt_ids(passes.template, [row], stage.cfg.max_seq_len)
     assert capsys.readouterr().out.strip() == generate(passes, prompts, 9)[0]

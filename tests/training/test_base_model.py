@@ -1,5 +1,6 @@
 """Choosing a device and loading a model, with a pretended nvidia-smi and no hub."""
 
+import copy
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers import make_model
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load, save_file
 
@@ -16,8 +18,10 @@ from training import base_model
 from training.base_model import (
     check_model,
     describe_base,
+    hub_id_of_gguf,
     load_model,
     load_model_and_tokenizer,
+    load_tokenizer,
     select_device,
 )
 
@@ -112,6 +116,79 @@ def test_a_tokenizer_without_pad_gets_one_and_without_eos_is_refused(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="no eos token"):
         load_model_and_tokenizer(cfg, CPU)
+
+
+def test_a_pad_token_beyond_the_embeddings_is_not_used(make_config, tokenizer, tmp_path):
+    save = copy.deepcopy(tokenizer)
+    save.add_special_tokens({"pad_token": "<another>"})
+    make_model().save_pretrained(tmp_path)
+    save.save_pretrained(tmp_path)
+    cfg = make_config(model_name=str(tmp_path))
+    config = check_model(cfg)
+    assert save.pad_token_id >= config.vocab_size
+    assert load_tokenizer(cfg, config).pad_token == "</s>"
+    save.eos_token = "<another>"
+    save.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="eos token 320 beyond 320 embeddings"):
+        load_tokenizer(cfg, config)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("AutoTokenizer needs `mistral-common`: pip install it\nlong text"),
+        ValueError("Kwargs ['split_special_tokens'] are not supported by `MistralCommonBackend`."),
+    ],
+)
+def test_mistrals_own_tokenizer_is_one_line(make_config, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(base_model.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(UserError, match="tekken.*give a version.*tokenizer.json") as caught:
+        load_tokenizer(make_config(), make_model().config)
+    assert "\n" not in str(caught.value)
+
+
+HUB = "https://huggingface.co/"
+
+
+@pytest.mark.parametrize(
+    ("file", "header", "wanted"),
+    [
+        (
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            {"general.organization": "Owner", "general.finetune": "8k"},
+            "Owner/SmolLM2-135M-Instruct",
+        ),
+        (
+            "llama-3.1-8b-q4_k_m.gguf",
+            {"general.base_model.0.repo_url": f"{HUB}meta-llama/Llama-3.1-8B"},
+            "meta-llama/Llama-3.1-8B",
+        ),
+        (
+            "Meta-Llama-3.1-8B-Instruct-Q4_K_M.gguf",
+            {
+                "general.organization": "Meta Llama",
+                "general.finetune": "Instruct",
+                "general.base_model.0.repo_url": f"{HUB}meta-llama/Meta-Llama-3.1-8B",
+            },
+            "meta-llama/Meta-Llama-3.1-8B-Instruct",
+        ),
+        (
+            "Tuned-1.5B.IQ3_XS.gguf",
+            {
+                "general.organization": "Someone",
+                "general.finetune": "Tuned",
+                "general.base_model.0.repo_url": f"{HUB}Big/Base-1.5B",
+            },
+            "Someone/Tuned-1.5B",
+        ),
+        ("m-f16.gguf", {"general.organization": "Two Words"}, None),
+    ],
+)
+def test_the_hub_id_of_a_gguf(file, header, wanted):
+    assert hub_id_of_gguf(file, header) == wanted
 
 
 def test_what_is_missing_is_named_with_its_cure(make_config, tmp_path, monkeypatch):
