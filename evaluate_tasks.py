@@ -20,8 +20,10 @@ from configs.command_line import (
     command_line,
     is_first,
     knob,
+    value_of_option,
 )
 from evaluation.generate import ask
+from evaluation.likelihood import by_likelihood
 from evaluation.matrix import format_scores
 from evaluation.questions import Questions, benchmark_questions, held_out_questions
 from evaluation.readings import BASE, LATEST, READINGS, Stage, open_stage
@@ -30,7 +32,7 @@ from models.ds_lora import BRANCHES, branches_restored, load_adapter, reset_bran
 from training.loop import TaskTraining, evaluate_loss
 from training.processes import joined
 from training.saving import NoLog, write_json_lines
-from utils_data import held_out_rows, prepare_task, read_jsonl
+from utils_data import prepare_task, read_task, split_task
 
 RECOVERY_STEPS = 20
 RECOVERY_SAMPLES = (10, 50)
@@ -55,16 +57,12 @@ def main(argv=None):
     cfg, wanted = parse_config(argv, Evaluation, description=__doc__)
     if wanted.max_samples:
         cfg = dataclasses.replace(cfg, eval_samples_per_task=wanted.max_samples)
+    given = list(sys.argv[1:] if argv is None else argv)
     with joined():
-        tasks = cfg.task_order
         stage = open_stage(cfg, wanted.checkpoint)
-        # Held out is what its training held out.
-        questions = [
-            held_out_questions(
-                task, held_out_rows(stage.cfg, read_jsonl(stage.cfg.data_path(task)))
-            )
-            for task in tasks
-        ]
+        # Those that it was trained on, unless others were asked for.
+        asks = value_of_option(given, "--task_order") is not None
+        questions = [questions_of(stage, task) for task in (cfg if asks else stage.cfg).task_order]
         if wanted.benchmarks:
             questions += benchmark_questions(wanted.benchmarks, wanted.max_samples)
         check(stage, wanted, questions)
@@ -81,6 +79,17 @@ def main(argv=None):
             raise KeyboardInterrupt from stop
 
 
+def questions_of(stage: Stage, task: str) -> Questions:
+    """The held-out rows of `task`; held out is what the training of `stage` held out."""
+    if task not in stage.cfg.data_paths:
+        raise UserError(
+            f"{task}: the checkpoint does not say its files; give --task_data {task}=FILE"
+        )
+    train, held_out = split_task(stage.cfg, *read_task(stage.cfg, task))
+    outputs = [row["output"] for row in train]
+    return held_out_questions(stage.cfg, task, held_out, outputs)
+
+
 def evaluate(stage: Stage, wanted: Evaluation, all_questions: list[Questions]) -> None:
     """Asks everything in every reading, keeps the answers, and prints and keeps the scores."""
     scores = []
@@ -89,7 +98,7 @@ def evaluate(stage: Stage, wanted: Evaluation, all_questions: list[Questions]) -
         for reading in wanted.branches:
             found, of_reading = ask(stage, reading, questions, wanted.max_new_tokens)
             lines += found
-            scores += of_reading
+            scores += of_reading + by_likelihood(stage, reading, questions)
         if is_first():
             write_json_lines(answers_path(stage, questions.name), lines)
     if is_first():
@@ -182,7 +191,7 @@ def recover_task(stage: Stage, cfg, task: str) -> dict[str, float]:
     learned are what that brought back. A share is missing where nothing was lost.
     """
     passes, model = stage.passes, stage.passes.model
-    data = prepare_task(cfg, passes.tokenizer, task, read_jsonl(cfg.data_path(task)))
+    data = prepare_task(cfg, passes.tokenizer, task, *read_task(cfg, task))
 
     def loss() -> float:
         return evaluate_loss(passes, data.held_out, f"{task} recovery")["loss"]

@@ -14,7 +14,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from configs.command_line import Parser, UserError, command_line
-from evaluation.compare import COLOURS, MARKERS, UNIT, plot_compare, read_log, save
+from evaluation.compare import COLOURS, UNIT, plot_compare, read_log, save, style_of
 
 
 def running_mean(values: list[float], width: int) -> list[float]:
@@ -53,6 +53,16 @@ def plot_single(log_dir: Path, task: str) -> Path:
     return save(figure, log.with_suffix(".png"))
 
 
+def brief(name: str) -> str:
+    """A name that has room beside an axis."""
+    return name if len(name) <= 18 else name[:16] + "…"
+
+
+def turned(names: list[str]) -> dict:
+    """How so many names are written below an axis: the few of them level."""
+    return {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(names) > 6 else {}
+
+
 def plot_sequence(log_dir: Path) -> Path:
     """Held-out loss of every task over the stages, as lines and as the stage x task matrix."""
     log = log_dir / "seq_eval_loss.jsonl"
@@ -63,28 +73,35 @@ def plot_sequence(log_dir: Path) -> Path:
     tasks = list(dict.fromkeys(row["eval_task"] for row in rows))
     loss = {(row["stage"], row["eval_task"]): row["loss"] for row in rows}
 
+    # Room for the numbers of many tasks; the specified five have what they always had.
+    more = max(0, len(tasks) - 6)
     figure, (lines, heat) = plt.subplots(
-        1, 2, figsize=(13, 5), layout="constrained", width_ratios=(1.1, 1)
+        1,
+        2,
+        figsize=(13 + more, 5 + 0.4 * more),
+        layout="constrained",
+        width_ratios=(1.1, 1 + 0.05 * more),
     )
     for i, task in enumerate(tasks):
         seen = [stage for stage in stages if (stage, task) in loss]
         places = [stages.index(stage) for stage in seen]
         values = [loss[stage, task] for stage in seen]
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        style = style_of(i)
         # All at once: "joint" has learned every task.
         learned = seen.index(task) if task in seen else min(1, len(seen) - 1)
         # Dotted from the untouched base to the stage that learns the task.
         lines.plot(places[: learned + 1], values[: learned + 1], ":", mfc="white", **style)
-        lines.plot(places[learned:], values[learned:], linewidth=2, label=task, **style)
+        lines.plot(places[learned:], values[learned:], linewidth=2, label=brief(task), **style)
     lines.set(
         title="held-out loss of each task (hollow: untouched base)",
         xlabel="stage (the task just learned)",
         ylabel=UNIT,
     )
-    lines.set_xticks(range(len(stages)), stages)
+    lines.set_xticks(range(len(stages)), map(brief, stages), **turned(stages))
     lines.grid(alpha=0.3)
     # Below the axes: inside them it would hide lines.
-    lines.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5, columnspacing=1)
+    below = -0.13 if not turned(stages) else -0.3
+    lines.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=5, columnspacing=1)
     draw_matrix(figure, heat, stages, tasks, loss)
     return save(figure, log.with_suffix(".png"))
 
@@ -105,7 +122,8 @@ def draw_matrix(figure, axes, stages: list[str], tasks: list[str], loss: dict) -
                 axes.text(
                     x,
                     y,
-                    f"{loss[stage, task]:.3f}",
+                    f"{loss[stage, task]:{'.3f' if len(tasks) <= 8 else '.2f'}}",
+                    fontsize="medium" if len(tasks) <= 8 else "small",
                     ha="center",
                     va="center",
                     color="white" if dark else "black",
@@ -115,8 +133,8 @@ def draw_matrix(figure, axes, stages: list[str], tasks: list[str], loss: dict) -
     axes.set(
         title="stage x task matrix (bold: just learned)", xlabel="evaluated on", ylabel="stage"
     )
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_yticks(range(len(stages)), stages)
+    axes.set_xticks(range(len(tasks)), map(brief, tasks), **turned(tasks))
+    axes.set_yticks(range(len(stages)), map(brief, stages))
     figure.colorbar(image, ax=axes, label="change against the base (blue: better), nats per token")
 
 

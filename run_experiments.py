@@ -5,6 +5,7 @@ and again. Every other option goes to all runs, whose folders lie below --log_di
 """
 
 import dataclasses
+import hashlib
 import json
 import signal
 import subprocess
@@ -38,7 +39,9 @@ class Experiments(Knobs):
     )
     seeds: list[int] = knob([], "of branch weights, samples, their order, probes; none: --seed")
     orders: list[str] = knob(
-        [], "of the tasks: 12345 as specified, 51234 with safety first; none: --task_order"
+        [],
+        "of the tasks: 12345 as specified, 51234 with safety first; law,medicine; or the name of "
+        "an order of the configuration; none: --task_order",
     )
 
 
@@ -80,10 +83,13 @@ def main(argv=None):
 def plan(cfg, experiments, argv) -> list[Experiment]:
     """Every run, all seeds of one kind after another; `UserError` with all that is wrong."""
     runs, problems = [], []
-    orders = experiments.orders or [""]
-    for order in experiments.orders:
-        if not order or set(order) - set(DIGITS):
-            problems.append(f"--orders {order}: give digits of {DIGITS}, one a task")
+    orders = {}
+    for order in experiments.orders or [""]:
+        try:
+            tasks = tasks_of(cfg, order)
+            orders[label_of(cfg, order, tasks)] = tasks
+        except UserError as error:
+            problems.append(str(error))
     for entry in experiments.methods:
         name, *own = entry.split(",")
         if name not in VARIANTS:
@@ -98,10 +104,8 @@ def plan(cfg, experiments, argv) -> list[Experiment]:
             continue
         settings = VARIANTS[name] | own
         common = flags_for(cfg, settings["method"], argv)
-        for order in orders:
-            tasks = [NUMBERED[int(digit) - 1] for digit in order if digit in DIGITS]
-            tasks = tasks or cfg.task_order
-            group = entry if tasks == NUMBERED else f"{entry}@{order or digits_of(tasks)}"
+        for label, tasks in orders.items():
+            group = f"{entry}@{label}" if label else entry
             for seed in experiments.seeds or [cfg.seed]:
                 folder = f"{group}/seed{seed}"
                 changes = {
@@ -124,9 +128,36 @@ def plan(cfg, experiments, argv) -> list[Experiment]:
     return runs
 
 
-def digits_of(tasks: list[str]) -> str:
-    """The order of `tasks` as digits."""
-    return "".join(str(NUMBERED.index(task) + 1) for task in tasks if task in NUMBERED)
+def tasks_of(cfg, order: str) -> list[str]:
+    """The tasks that `order` names, see `Experiments.orders`; `UserError` where it is none."""
+    if not order:
+        return cfg.task_order
+    if order in cfg.task_orders:
+        return cfg.task_orders[order]
+    if not set(order) - set(DIGITS):
+        return [NUMBERED[int(digit) - 1] for digit in order]
+    tasks = order.split(",")
+    if set(tasks) - set(cfg.data_paths) or len(set(tasks)) < len(tasks):
+        named = ", ".join(cfg.task_orders)
+        raise UserError(
+            f"--orders {order}: give digits of {DIGITS}, one a task, or tasks with commas, out of "
+            f"{', '.join(cfg.data_paths)}{f', or one of {named}' if named else ''}"
+        )
+    return tasks
+
+
+def label_of(cfg, order: str, tasks: list[str]) -> str:
+    """What tells a run in the order `tasks` from others; "" where that is the usual one."""
+    if order in cfg.task_orders:
+        return order
+    usual = {field.name: field for field in dataclasses.fields(cfg)}["task_order"]
+    if tasks == NUMBERED or (not order and tasks == default_of(usual)):
+        return ""
+    if not set(tasks) - set(NUMBERED):
+        return "".join(str(NUMBERED.index(task) + 1) for task in tasks)
+    named = "+".join(tasks)
+    # Folders have names of limited length.
+    return named if len(named) <= 80 else hashlib.sha256(named.encode()).hexdigest()[:12]
 
 
 def flags_for(cfg, method: str, argv) -> list[str]:
@@ -136,7 +167,9 @@ def flags_for(cfg, method: str, argv) -> list[str]:
     changed = {
         field.name: getattr(cfg, field.name)
         for field in dataclasses.fields(cfg)
-        if field.name not in others and getattr(cfg, field.name) != default_of(field)
+        if field.metadata["help"]
+        and field.name not in others
+        and getattr(cfg, field.name) != default_of(field)
     }
     name = value_of_option(list(sys.argv[1:] if argv is None else argv), "--config")
     return [*(["--config", name] if name else []), *as_flags(changed)]

@@ -1,5 +1,6 @@
 """Trains DS-LoRA on one task: the per-task baseline of the sequence."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ def main(argv=None):
     cfg, single = parse_config(argv, SingleTask, description=__doc__)
     check(cfg, single.task)
     task, name = single.task, f"single_{single.task}"
+    cfg = dataclasses.replace(cfg, task_order=[task])
     with set_up(cfg, name, [task]) as session:
         journal, passes, data = session.journal, session.passes, session.data[task]
         train_log, eval_log = journal.log(f"{name}_train_loss"), journal.log(f"{name}_eval_loss")

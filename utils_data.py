@@ -18,6 +18,8 @@ from configs.command_line import UserError, shows_progress
 from models.forward import IGNORE
 
 KEYS = ("instruction", "input", "output")
+# A worse reply to the same prompt: never trained on, but compared with the output.
+REJECTED = "rejected"
 # Of max_seq_len, what a prompt keeps beside a response that is too long: one part in four.
 PROMPT_SHARE = 4
 
@@ -25,8 +27,9 @@ PROMPT_SHARE = 4
 def read_jsonl(path: str | Path) -> list[dict[str, str]]:
     """Rows {"instruction", "input", "output"} of a UTF-8 file with one JSON object a line.
 
-    A byte-order mark, CRLF line ends and blank lines are fine, and null is "". Other columns are
-    named once on stderr and left out. Raises `UserError` with file, line and fault.
+    A byte-order mark, CRLF line ends and blank lines are fine, and null is "". A worse reply may
+    stand beside the output as "rejected". Other columns are named once on stderr and left out.
+    Raises `UserError` with file, line and fault.
     """
     rows, ignored = [], {}
     try:
@@ -40,11 +43,14 @@ def read_jsonl(path: str | Path) -> list[dict[str, str]]:
                 if row is None:
                     continue
                 rows.append({key: row[key] or "" for key in KEYS})
-                for key in row.keys() - KEYS:
+                if row.get(REJECTED):
+                    rows[-1][REJECTED] = row[REJECTED]
+                for key in row.keys() - {*KEYS, REJECTED}:
                     ignored[key] = ignored.get(key, 0) + bool(row[key])
     except FileNotFoundError:
         raise UserError(
-            f"{path} is missing: run python prepare_datasets.py, or give --use_toy_data true"
+            f"{path} is missing: run python prepare_datasets.py, or give --use_toy_data true, or "
+            "a file of your own with --task_data"
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -85,6 +91,7 @@ def _parse_line(line: bytes, where: str, is_first: bool) -> dict | None:
     for key in KEYS:
         if key not in row:
             raise UserError(f"{where}: key {key!r} is missing; each line needs {KEYS}")
+    for key in (*KEYS, REJECTED) if REJECTED in row else KEYS:
         if not isinstance(row[key], str | None):
             kind = type(row[key]).__name__
             raise UserError(f"{where}: {key!r} is {kind}, not text; mend the line")
@@ -343,26 +350,53 @@ def collate_fn(batch: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     }
 
 
-def held_out_rows(cfg, rows: list[dict]) -> list[dict]:
-    """The rows of a task that are evaluated and never trained on."""
-    return split_held_out(rows, cfg.holdout_fraction)[1][: cfg.eval_samples_per_task or None]
+def read_task(cfg, task: str) -> tuple[list[dict], list[dict] | None]:
+    """(rows of the file of `task`, rows of its test file or None where it has none)."""
+    test = cfg.test_path(task)
+    return read_jsonl(cfg.data_path(task)), read_jsonl(test) if test else None
+
+
+def split_task(cfg, rows: list[dict], test: list[dict] | None) -> tuple[list[dict], list[dict]]:
+    """(rows to train on, rows to evaluate on) of what `read_task` gave.
+
+    A test file takes the place of the held-out share. Twins of what is evaluated are not trained
+    on. Of many rows those with the lowest hash are evaluated: a choice, whatever their order.
+    """
+    if test is None:
+        train, held_out = split_held_out(rows, cfg.holdout_fraction)
+    else:
+        prompts = set(map(prompt_text, test))
+        train = [row for row in rows if prompt_text(row) not in prompts]
+        held_out = sorted(test, key=held_out_fraction)
+    return train, held_out[: cfg.eval_samples_per_task or None]
 
 
 @dataclass
 class TaskData:
-    """The training and the held-out samples of one task, and the rows of the held-out ones."""
+    """The training and the held-out samples of one task.
+
+    Attributes:
+        held_out_rows: of the held-out samples.
+        outputs: of all rows that may be trained on, which `max_train_samples` chooses from.
+    """
 
     train: InstructionDataset
     held_out: InstructionDataset
     held_out_rows: list[dict] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
 
 
-def prepare_task(cfg, tokenizer, task: str, rows: list[dict]) -> TaskData:
+def prepare_task(
+    cfg, tokenizer, task: str, rows: list[dict], test: list[dict] | None = None
+) -> TaskData:
     """Splits and tokenises the rows of `task` and prints what was kept, cut and dropped.
 
-    Raises `UserError` where either side of the split is empty.
+    `test` is that of `read_task`. Raises `UserError` where either side of the split is empty.
     """
-    train, held_out = split_held_out(rows, cfg.holdout_fraction)[0], held_out_rows(cfg, rows)
+    train, held_out = split_task(cfg, rows, test)
+    if test is not None and len(train) < len(rows):
+        print(f"{task}: {len(rows) - len(train)} samples are in the test file: not trained on")
+    outputs = [row["output"] for row in train]
     if cfg.max_train_samples:
         size = min(cfg.max_train_samples, len(train))
         train = random.Random(f"{cfg.seed}/{task}/train").sample(train, size)
@@ -370,11 +404,13 @@ def prepare_task(cfg, tokenizer, task: str, rows: list[dict]) -> TaskData:
         InstructionDataset(train, tokenizer, cfg.max_seq_len, cfg.prompt_template),
         InstructionDataset(held_out, tokenizer, cfg.max_seq_len, cfg.prompt_template),
         held_out,
+        outputs,
     )
     for name in ("train", "held_out"):
         if not len(getattr(data, name)):
+            path = cfg.test_path(task) if name == "held_out" else ""
             raise UserError(
-                f"{cfg.data_path(task)} gives no {name} sample: add samples, or change "
+                f"{path or cfg.data_path(task)} gives no {name} sample: add samples, or change "
                 f"holdout_fraction ({cfg.holdout_fraction}) or max_seq_len ({cfg.max_seq_len})"
             )
     both = data.train, data.held_out

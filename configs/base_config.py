@@ -1,11 +1,29 @@
 """Every knob of an experiment, with its unit, bounds and meaning."""
 
+import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from configs.command_line import Knobs, knob, num_processes
 
 TASKS = ("T1_general", "T2_math", "T3_code", "T4_tool", "T5_safety")
+# Files and folders are named by tasks.
+TASK_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}"
+# Stages that are no task, and a folder beside those of the tasks.
+NO_TASK = ("base", "joint", "state")
+JUDGES = ("exact", "choice", "rouge_l", "number", "json_calls", "python")
+
+
+def suite_paths(suite: str, tasks: list[str]) -> dict[str, dict[str, str]]:
+    """`data_paths` of tasks that `prepare_datasets.py --suite` wrote, each with its test file."""
+    folder = f"{{data_dir}}/full/{suite}"
+    return {
+        task: {
+            **dict.fromkeys(("toy", "full"), f"{folder}/{task}.jsonl"),
+            "test": f"{folder}/{task}_test.jsonl",
+        }
+        for task in tasks
+    }
 
 
 @dataclass
@@ -127,6 +145,19 @@ class BaseConfig(Knobs):
         "",
         decides=False,
     )
+    task_orders: dict[str, list[str]] = knob({}, "", decides=False)
+    task_data: list[str] = knob(
+        [],
+        "tasks of your own: law=law.jsonl; law.test=FILE evaluates on that file instead of held-out"
+        " samples",
+        decides=False,
+    )
+    task_judges: list[str] = knob(
+        [],
+        f"how replies are judged: law=choice, out of {', '.join(JUDGES)}; without: choice where the"
+        " training outputs are few and short, else rouge_l",
+        decides=False,
+    )
     use_toy_data: bool = knob(
         False, "the small files in data_dir instead of those in data_dir/full"
     )
@@ -242,8 +273,38 @@ class BaseConfig(Knobs):
         False, "check everything, print what would be done, and train nothing", decides=False
     )
 
+    def __post_init__(self):
+        if isinstance(self.task_data, list) and isinstance(self.data_paths, dict):
+            self.data_paths = self._with_task_data()
+        super().__post_init__()
+
+    def _with_task_data(self) -> dict[str, dict[str, str]]:
+        """`data_paths` with the entries of `task_data`; what is malformed is left to `problems`."""
+        paths = dict(self.data_paths)
+        entries = (str(entry).partition("=") for entry in self.task_data)
+        # Training files first: one that replaces a task's has no part in its old test file.
+        for name, _, path in sorted(entries, key=lambda entry: entry[0].endswith(".test")):
+            task = name.removesuffix(".test")
+            is_test = task != name
+            changes = {"test": path} if is_test else dict.fromkeys(("toy", "full"), path)
+            paths[task] = {**paths.get(task, {}), **changes} if is_test else changes
+        return paths
+
     def problems(self):
         found = super().problems()
+        for entry in self.task_data:
+            if not re.fullmatch(rf"{TASK_NAME}(\.test)?=.+", entry, re.DOTALL):
+                found.append(
+                    f"--task_data {entry}: give NAME=FILE or NAME.test=FILE; a name has letters, "
+                    "digits, - and _"
+                )
+        for entry in self.task_judges:
+            task, _, judge = entry.partition("=")
+            if judge not in JUDGES or task not in self.data_paths:
+                found.append(
+                    f"--task_judges {entry}: give TASK=JUDGE, a task of the configuration and one "
+                    f"of {', '.join(JUDGES)}"
+                )
         if self.kd_forward == "slow" and self.kd_branches == "all":
             found.append(
                 "kd_forward is 'slow', kd_branches is 'all': the slow branch alone has no gradient "
@@ -251,8 +312,16 @@ class BaseConfig(Knobs):
             )
         order, known = self.task_order, self.data_paths
         if set(order) - set(known) or len(set(order)) < len(order):
-            found.append(f"task_order is {order!r}: give each task once, out of {', '.join(known)}")
+            found.append(
+                f"task_order is {order!r}: give each task once, out of {', '.join(known)}; "
+                "--task_data NAME=FILE adds one"
+            )
         for task, paths in known.items():
+            if not re.fullmatch(TASK_NAME, str(task)) or task in NO_TASK:
+                found.append(
+                    f"task {task!r}: name it with up to 64 letters, digits, - and _, and not "
+                    f"{', '.join(NO_TASK)}"
+                )
             if not isinstance(paths, dict) or not paths.keys() >= {"toy", "full"}:
                 found.append(f'data_paths of {task} is {paths!r}: give {{"toy": ..., "full": ...}}')
         return found
@@ -261,6 +330,14 @@ class BaseConfig(Knobs):
         """The file that this run reads for `task`."""
         path = self.data_paths[task]["toy" if self.use_toy_data else "full"]
         return path.replace("{data_dir}", self.data_dir)
+
+    def test_path(self, task: str) -> str:
+        """The file that `task` is evaluated on; "" where it is its held-out share."""
+        return self.data_paths[task].get("test", "").replace("{data_dir}", self.data_dir)
+
+    def judge_of(self, task: str) -> str:
+        """The judge that was chosen for `task`; "" where none was."""
+        return dict(entry.split("=", 1) for entry in self.task_judges).get(task, "")
 
     @property
     def samples_per_step(self) -> int:

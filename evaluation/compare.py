@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 
 from configs.base_config import NOT_RESULTS
 from configs.command_line import UserError
+from evaluation.matrix import short_names
 
 # Okabe & Ito's palette: told apart with every kind of colour vision. Markers tell them apart too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
@@ -107,6 +108,11 @@ class FinishedRun:
         """Mean drift of the earlier tasks: "kl_first" or "kl_rest", nats per response token."""
         return mean([row[key] for row in self.drift if row[key] is not None])
 
+    def accuracy(self, key: str) -> float:
+        """Of choices: "last", "avg", "bwt" or "fwt"; NaN where there is none."""
+        value = self.summary.get("accuracy", {}).get(key)
+        return math.nan if value is None else value
+
     def metric(self, name: str) -> float:
         """A number of the summary; NaN where it is null.
 
@@ -116,6 +122,9 @@ class FinishedRun:
             return math.nan
         value = self.summary.get(name)
         return math.nan if value is None else value
+
+
+ACCURACIES = ("last", "avg", "bwt", "fwt")
 
 
 def known(values: list[float]) -> list[float]:
@@ -259,6 +268,11 @@ def compare_tables(groups: dict[str, list[FinishedRun]]) -> str:
             for name, runs in several.items()
         ]
         parts += ["Final loss by reading:", markdown(["method", *readings], rows)]
+    if known([run.accuracy("last") for runs in groups.values() for run in runs]):
+        parts += [
+            "Accuracy by likelihood, 0 to 100, as papers report it (BWT, FWT: negative = worse).",
+            markdown(["method", "Last", "Avg", "BWT", "FWT"], accuracy_rows(groups)),
+        ]
     if any(run.scores for runs in groups.values() for run in runs):
         parts += [
             "Scores after the last stage, 0 to 100, higher is better: with the 95 % interval of "
@@ -266,6 +280,26 @@ def compare_tables(groups: dict[str, list[FinishedRun]]) -> str:
             markdown(*score_table(groups)),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def accuracy_rows(groups: dict[str, list[FinishedRun]]) -> list[list[str]]:
+    """A row for each group, and the mean over orders of a method that has several."""
+    by_method: dict[str, list[str]] = {}
+    for name in groups:
+        by_method.setdefault(name.partition("@")[0], []).append(name)
+    rows = []
+    for method, names in by_method.items():
+        means = {
+            n: [mean([run.accuracy(k) for run in groups[n]]) for k in ACCURACIES] for n in names
+        }
+        for name in names:
+            values = ([run.accuracy(k) for run in groups[name]] for k in ACCURACIES)
+            rows.append([name, *(spread(of_key, ".1f", ".1f") for of_key in values)])
+        if len(names) > 1:
+            columns = zip(*means.values(), strict=True)
+            over_orders = [spread(list(column), ".1f", ".1f") for column in columns]
+            rows.append([f"{method}, mean of {len(names)} orders", *over_orders])
+    return rows
 
 
 def score_table(groups: dict[str, list[FinishedRun]]) -> tuple[list[str], list[list[str]]]:
@@ -351,13 +385,20 @@ def draw_readings(axes, groups: dict[str, list[FinishedRun]]) -> None:
     axes.legend(fontsize="small", ncols=2)
 
 
+# Of tasks, beside small matrices.
+MOST_NAMES = 8
+
+
 def draw_forgotten(axes, runs: list[FinishedRun], name: str, largest: float):
     """How much worse each task is after each stage than right after its own; mean over seeds."""
-    change, tasks = forgotten(runs), [task.partition("_")[0] for task in runs[0].summary["tasks"]]
+    change, tasks = forgotten(runs), short_names(runs[0].summary["tasks"])
+    if len(tasks) > MOST_NAMES:
+        tasks = list(range(1, len(tasks) + 1))
     image = axes.imshow(change, cmap="RdBu_r", vmin=-largest, vmax=largest)
     for y, row in enumerate(change):
         for x, value in enumerate(row):
-            if not math.isnan(value):
+            # More numbers could not be read.
+            if not math.isnan(value) and len(tasks) <= MOST_NAMES:
                 color = "white" if abs(value) > 0.6 * largest else "black"
                 # Plus 0: a zero has no sign.
                 text = f"{round(value, 2) + 0:+.2f}" if x != y else "0"

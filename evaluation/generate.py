@@ -99,10 +99,11 @@ def ask(stage: Stage, reading: str, questions: Questions, max_new_tokens: int = 
         the lines of `logs/gen_<stage>_<task>.jsonl`, one an answer; the scores, one a metric.
     """
     rows, task = questions.rows, questions.task
-    replies, sources = answer(stage, reading, task, rows, max_new_tokens)
+    limit = max_new_tokens or questions.about.max_new_tokens
+    replies, sources = answer(stage, reading, task, rows, limit)
     judged, scores = judge_all(questions, replies)
     what = {"stage": stage.name, "branches": reading, "task": questions.name}
-    is_sensitive = find_task(task).is_sensitive
+    is_sensitive = questions.about.is_sensitive
     lines = [
         {
             **what,

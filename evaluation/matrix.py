@@ -7,8 +7,10 @@ A mean is taken over the tasks for which all its cells are there, and is NaN wit
 """
 
 import math
+import textwrap
 
 from methods.method import JOINT
+from tasks.task import Task
 
 Matrix = list[list[float]]
 
@@ -111,9 +113,38 @@ def loss_matrix(evaluations: list[dict], tasks: list[str]) -> Matrix:
 
 
 def score_matrix(scores: list[dict], metrics: dict[str, str]) -> Matrix:
-    """The matrix from lines {"stage", "task", "metric", "score"}; `metrics`: that of each task."""
-    wanted = [line for line in scores if metrics.get(line["task"]) == line["metric"]]
+    """The matrix of the reading "latest" from lines {"stage", "task", "metric", "score"}.
+
+    `metrics`: that of each task.
+    """
+    wanted = [
+        line
+        for line in scores
+        if metrics.get(line["task"]) == line["metric"]
+        and line.get("branches", "latest") == "latest"
+    ]
     return _matrix({(line["stage"], line["task"]): line["score"] for line in wanted}, list(metrics))
+
+
+def primary_metrics(scores: list[dict], tasks: dict[str, Task]) -> dict[str, str]:
+    """The score that tells most of each task, or the first one where it was never given."""
+    found = {task: [line["metric"] for line in scores if line["task"] == task] for task in tasks}
+    return {
+        name: task.primary if task.primary in found[name] else next(iter(found[name]), task.primary)
+        for name, task in tasks.items()
+    }
+
+
+def summarise_scores(matrix: Matrix, joint: bool = False) -> dict[str, float]:
+    """Last, Avg (AIA), BWT, FWT and forgetting of a matrix of scores, as papers report them."""
+    found = {
+        "last": average_final(matrix),
+        "avg": average_incremental(matrix),
+        "bwt": backward_transfer(matrix, lower_is_better=False),
+        "fwt": forward_transfer(matrix, lower_is_better=False),
+        "forgetting": forgetting(matrix, lower_is_better=False),
+    }
+    return {name: v if name == "last" or not joint else math.nan for name, v in found.items()}
 
 
 def summarise(matrix: Matrix, joint: bool = False) -> dict[str, float]:
@@ -134,13 +165,28 @@ def summarise(matrix: Matrix, joint: bool = False) -> dict[str, float]:
     return {"average_final_loss": final, **found}
 
 
+# Columns of a terminal that a table may take; a wider one has numbers for its tasks.
+WIDEST = 120
+
+
 def _table(title: str, rows: dict[str, list[float]], tasks: list[str], form=".3f") -> list[str]:
     first, width = max(map(len, [title, *rows])), max(map(len, tasks)) + 2
-    lines = [title.ljust(first) + "".join(task.rjust(width) for task in tasks)]
+    lines, columns = [], tasks
+    if first + width * len(tasks) > WIDEST:
+        columns, width = [str(number) for number in range(1, len(tasks) + 1)], 7
+        legend = ", ".join(f"{number} {task}" for number, task in zip(columns, tasks, strict=True))
+        lines += textwrap.wrap(f"columns: {legend}", WIDEST)
+    lines.append(title.ljust(first) + "".join(column.rjust(width) for column in columns))
     for name, row in rows.items():
         cells = ("" if math.isnan(number) else format(number, form) for number in row)
         lines.append((name.ljust(first) + "".join(cell.rjust(width) for cell in cells)).rstrip())
     return lines
+
+
+def short_names(tasks: list[str]) -> list[str]:
+    """Without what follows the first _, where all stay apart without it."""
+    short = [task.partition("_")[0] for task in tasks]
+    return short if len(set(short)) == len(tasks) and all(short) else list(tasks)
 
 
 def _stages(matrix: Matrix, tasks: list[str], joint: bool) -> dict[str, list[float]]:
@@ -166,20 +212,25 @@ def format_matrix(matrix: Matrix, tasks: list[str], joint: bool = False) -> str:
 
 
 def format_score_matrix(matrix: Matrix, metrics: dict[str, str], joint: bool = False) -> str:
-    """The matrix of scores and what was forgotten, as aligned text."""
+    """The matrix of scores and its summary as aligned text, with what each number means."""
     tasks = list(metrics)
-    names = [f"{task.partition('_')[0]} {metric}" for task, metric in metrics.items()]
-    lines = ["score from 0 to 100 (higher is better)"]
+    kinds = set(metrics.values())
+    names = short_names(tasks)
+    if len(kinds) > 1:
+        names = [f"{name} {m}" for name, m in zip(names, metrics.values(), strict=True)]
+    which = f": {kinds.pop()}" if len(kinds) == 1 else ""
+    lines = [f"score from 0 to 100 (higher is better){which}"]
     lines += _table("stage", _stages(matrix, tasks, joint), names, ".1f")
-    if not joint and len(tasks) > 1:
-        for name, metric, meaning in (
-            ("forgetting", forgetting, "positive = forgotten"),
-            ("backward transfer", backward_transfer, "negative = forgotten"),
-        ):
-            value = metric(matrix, lower_is_better=False)
-            # Where the score applies to no answer there is none.
-            if not math.isnan(value):
-                lines.append(f"{name.ljust(18)} {value:+.1f} ({meaning})")
+    summary = summarise_scores(matrix, joint)
+    for name, key, form, meaning in (
+        ("Last", "last", ".1f", "mean after the last stage"),
+        ("Avg (AIA)", "avg", ".1f", "mean over the tasks seen, over the stages"),
+        ("forgetting", "forgetting", "+.1f", "positive = forgotten"),
+        ("backward transfer", "bwt", "+.1f", "negative = forgotten"),
+        ("forward transfer", "fwt", "+.1f", "before a task was learned, against the base"),
+    ):
+        if not math.isnan(summary[key]):
+            lines.append(f"{name.ljust(18)} {summary[key]:{form}} ({meaning})")
     return "\n".join(lines)
 
 

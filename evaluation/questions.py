@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configs.command_line import UserError, is_first
 from evaluation.sandbox import SandboxFault, check_sandbox, passes_tests
-from tasks import code, find_task, math, safety, tool
+from tasks import code, find_task, judged_task, math, safety, tool
 from tasks.extract import code_of
 from tasks.scores import (
     accepted_call,
@@ -24,7 +24,7 @@ from tasks.scores import (
     parse_calls,
     wilson_interval,
 )
-from tasks.task import Judge
+from tasks.task import Judge, Task
 
 
 @dataclass
@@ -34,12 +34,17 @@ class Questions:
     Attributes:
         task: whose branches answer when a model is read as each task's own.
         rows: {"instruction", "input", "output"} and what else the judge wants.
+        about: the task whose replies they are like.
     """
 
     name: str
     task: str
     rows: list[dict]
     judge: Judge
+    about: Task | None = None
+
+    def __post_init__(self):
+        self.about = self.about or find_task(self.task)
 
 
 def judge_answered(_: dict, reply: str) -> dict[str, float]:
@@ -101,9 +106,13 @@ def judge_all(questions: Questions, replies: list[str]) -> tuple[list[dict], dic
     return judged, scores
 
 
-def held_out_questions(task: str, rows: list[dict]) -> Questions:
-    """The held-out rows of `task`, with what their outputs say as the reference."""
-    return Questions(task, task, rows, find_task(task).judge)
+def held_out_questions(cfg, task: str, rows: list[dict], outputs: list[str]) -> Questions:
+    """The held-out rows of `task`, with what their outputs say as the reference.
+
+    `outputs` of its training rows decide how an own task is judged, where `cfg` does not.
+    """
+    about = judged_task(task, cfg.judge_of(task), outputs)
+    return Questions(task, task, rows, about.judge, about)
 
 
 def _row(instruction: str, given: str = "", output: str = "", **more) -> dict:

@@ -112,8 +112,9 @@ class Stage:
     def take_up(self, folder: Path) -> None:
         """Takes up the branches and the router of a checkpoint on the same base model.
 
-        What its training decided goes into the configuration: method, order of the tasks and
-        held-out share. Raises `UserError`, and stays what it was, where it does not fit.
+        What its training decided goes into the configuration: method, tasks and their order, and
+        held-out share; where both name a task's files, the configuration's count. Raises
+        `UserError`, and stays what it was, where it does not fit.
         """
         try:
             load_adapter(self.passes.model, folder)
@@ -121,7 +122,12 @@ class Stage:
         except ValueError as error:
             raise UserError(str(error)) from error
         known = {name: facts[name] for name in DECIDED_IN_TRAINING if name in facts}
-        self.cfg = dataclasses.replace(self.cfg, **known, save_dir=str(folder.parent))
+        paths = {**(facts.get("data_paths") or {}), **self.cfg.data_paths}
+        known = {**known, "data_paths": paths, "save_dir": str(folder.parent)}
+        if self.cfg.task_judges:
+            # Those given now, not those of then.
+            known["task_judges"] = self.cfg.task_judges
+        self.cfg = dataclasses.replace(self.cfg, **known)
         self.name, self.router = folder.name.removeprefix("seq_"), Router()
         self.passes.template = PromptTemplate(self.passes.tokenizer, self.cfg.prompt_template)
         saved = folder / "router.safetensors"

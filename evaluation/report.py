@@ -10,6 +10,7 @@ import transformers
 
 from configs.command_line import is_first
 from evaluation.generate import ask, generate, prompt_ids
+from evaluation.likelihood import choose, prefer
 from evaluation.matrix import (
     format_matrix,
     format_readings,
@@ -17,8 +18,10 @@ from evaluation.matrix import (
     format_score_matrix,
     format_scores,
     loss_matrix,
+    primary_metrics,
     score_matrix,
     summarise,
+    summarise_scores,
 )
 from evaluation.questions import held_out_questions
 from evaluation.readings import (
@@ -32,7 +35,7 @@ from evaluation.readings import (
 )
 from methods import find_method
 from models.drift import Drift
-from tasks import find_task
+from tasks.choice import LIKELIEST
 from training.processes import gather
 from training.saving import write_json, write_json_lines
 from training.session import Session
@@ -62,7 +65,9 @@ class SequenceReport:
         possible = possible_readings(self.method, self.passes)
         self.others = [reading for reading in possible if reading != LATEST]
         self.questions = {
-            task: held_out_questions(task, session.data[task].held_out_rows)
+            task: held_out_questions(
+                cfg, task, session.data[task].held_out_rows, session.data[task].outputs
+            )
             for task in cfg.task_order
         }
 
@@ -79,20 +84,23 @@ class SequenceReport:
             add_to_router(self.now)
             further["router"] = self.now.router.state()
         self.journal.save_checkpoint(f"seq_{stage}", **further)
-        self.evaluate(self.cfg.task_order if self.cfg.all_readings else seen)
+        further = self.cfg.task_order if self.cfg.all_readings else seen
+        self.evaluate(further)
         if self.cfg.all_readings or is_last:
             for reading in self.others:
                 self.evaluate(seen, reading)
         self.measure_drift()
         self.log_first_answers(seen)
-        self.score(seen)
+        self.score(further)
 
     def evaluate(self, tasks: list[str], reading: str = LATEST) -> None:
-        """Logs the held-out loss of `tasks`, read as `reading`."""
+        """Logs the held-out loss of `tasks`, read as `reading`, and of choices the accuracy."""
         for task in tasks:
             result, answered_as = evaluate_reading(self.now, reading, task)
             stage = self.now.name
             self.losses.write(stage=stage, eval_task=task, branches=reading, **result)
+            for line in choose(self.now, reading, self.questions[task]):
+                self.scores.write(**line)
             if READINGS[reading].is_routed:
                 self.routes.write(stage=stage, eval_task=task, answered_as=answered_as)
             elif reading == LATEST:
@@ -131,6 +139,7 @@ class SequenceReport:
         """--generate: logs all answers to the held-out samples of `tasks`, and their scores."""
         for task in tasks if self.cfg.generate else ():
             lines, scores = ask(self.now, LATEST, self.questions[task])
+            scores += prefer(self.now, LATEST, self.questions[task])
             if is_first():
                 path = f"{self.cfg.log_dir}/seq_gen_{self.now.name}_{task}.jsonl"
                 write_json_lines(path, lines)
@@ -148,11 +157,21 @@ class SequenceReport:
         if self.others:
             meanings = {name: reading.meaning for name, reading in READINGS.items()}
             print(format_readings(evaluations, tasks, meanings | self.method.meanings))
+        scores = self.scores.read()
         if self.cfg.generate:
-            scores, metrics = self.scores.read(), {task: find_task(task).primary for task in tasks}
             last = list(self.journal.position["stages"])[-1]
             print(format_scores([line for line in scores if line["stage"] == last]))
-            print(format_score_matrix(score_matrix(scores, metrics), metrics, joint))
+            primary = primary_metrics(scores, {t: q.about for t, q in self.questions.items()})
+            print(format_score_matrix(score_matrix(scores, primary), primary, joint))
+        accuracy = {}
+        if any(line["metric"] == LIKELIEST for line in scores):
+            choices = {task: LIKELIEST for task in tasks}
+            accuracies = score_matrix(scores, choices)
+            print(format_score_matrix(accuracies, choices, joint))
+            accuracy = {
+                "matrix": [[_finite(cell) for cell in row] for row in accuracies],
+                **{k: _finite(v) for k, v in summarise_scores(accuracies, joint).items()},
+            }
         references = {n: [row["output"] for row in q.rows] for n, q in self.questions.items()}
         print(format_samples(self.samples.read(), references))
         on_gpu = self.passes.device.type == "cuda"
@@ -162,6 +181,8 @@ class SequenceReport:
                 "tasks": tasks,
                 "matrix": [[_finite(loss) for loss in row] for row in matrix],
                 **{name: _finite(value) for name, value in summarise(matrix, joint).items()},
+                # Of choices, by likelihood, 0 to 100; empty where no task is one.
+                "accuracy": accuracy,
                 "stages": self.journal.position["stages"],
                 "is_one_model": self.method.is_one_model,
                 "config": dataclasses.asdict(self.cfg),

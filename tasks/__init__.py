@@ -1,8 +1,10 @@
 """The tasks by name: each file here that holds a TASK is one."""
 
+import dataclasses
 import importlib
 import pkgutil
 
+from tasks.judges import own_task
 from tasks.task import Task
 
 
@@ -20,3 +22,17 @@ def find_task(name: str) -> Task:
     """The task `name`; one that has no file here is judged as general instructions are."""
     own = Task(name, TASKS["T1_general"].judge, TASKS["T1_general"].primary)
     return TASKS.get(name, own)
+
+
+def judged_task(name: str, judge: str, outputs: list[str]) -> Task:
+    """The task `name`; one of those here is judged as its file says, unless `judge` is given.
+
+    `outputs` of its training rows decide how another one is judged where `judge` is "".
+    """
+    if name not in TASKS:
+        return own_task(name, judge, outputs)
+    if not judge:
+        return TASKS[name]
+    own = own_task(name, judge, outputs)
+    changes = {"judge": own.judge, "primary": own.primary, "options": own.options}
+    return dataclasses.replace(TASKS[name], **changes)

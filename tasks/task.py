@@ -23,6 +23,7 @@ class Task:
         is_sensitive: its prompts are not copied into logs.
         sources: the sets that its rows come from, by choice; the first is the default.
         overlaps: a task that holds some of the same rows, which are dropped here.
+        options: the closed set that an answer is out of, where there is one.
     """
 
     name: str
@@ -32,3 +33,4 @@ class Task:
     is_sensitive: bool = False
     sources: dict[str, list[Source]] = field(default_factory=dict)
     overlaps: str = ""
+    options: tuple[str, ...] = ()

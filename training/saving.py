@@ -326,8 +326,10 @@ def run_identity(cfg, tasks: list[str], about_base: dict) -> dict:
         name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_RESULTS
     }
     data = {f"data of {task}": file_sha256(cfg.data_path(task)) for task in tasks}
+    tests = {f"test data of {t}": file_sha256(cfg.test_path(t)) for t in tasks if cfg.test_path(t)}
+    judges = {"task_judges": cfg.task_judges} if cfg.task_judges else {}
     own = {"method file": file_sha256(cfg.method)} if cfg.method.endswith(".py") else {}
-    return {**config, **about_base, **data, **own, "state": STATE_VERSION}
+    return {**config, **about_base, **data, **tests, **judges, **own, "state": STATE_VERSION}
 
 
 def differences(first: dict, second: dict) -> str:

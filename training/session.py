@@ -19,6 +19,8 @@ from models.ds_lora import (
     save_adapter,
     set_branch_tensors,
 )
+from tasks import TASKS, judged_task
+from tasks.judges import describe
 from training.base_model import (
     check_device,
     check_model,
@@ -45,12 +47,13 @@ from training.saving import (
     run_lock,
     state_folder,
 )
-from utils_data import PromptTemplate, TaskData, prepare_task, read_jsonl
+from utils_data import PromptTemplate, TaskData, prepare_task, read_task
 
 # What a checkpoint says of the run that made it, and what reads it must do alike.
 DECIDED_IN_TRAINING = (
     "method",
     "task_order",
+    "task_judges",
     "holdout_fraction",
     "prompt_template",
     "num_frozen_layers",
@@ -107,6 +110,7 @@ class Journal:
         if not is_first():
             return
         decided = {name: getattr(self.cfg, name) for name in DECIDED_IN_TRAINING}
+        decided["data_paths"] = {task: self.cfg.data_paths[task] for task in self.cfg.task_order}
         with atomic_folder(Path(self.cfg.save_dir) / name) as folder:
             save_adapter(self.passes.model, folder, **self.about_base, **decided)
             with prompts_as_trained(self.passes.template):
@@ -234,7 +238,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
                 partial(check_model, cfg),
                 partial(select_device, cfg.device),
                 *([partial(check_outputs, cfg, run_name)] if is_first() else [lambda: None]),
-                *(partial(read_jsonl, cfg.data_path(task)) for task in tasks),
+                *(partial(read_task, cfg, task) for task in tasks),
             ]
         )
         all_succeed([partial(check_device, cfg, device)])
@@ -259,9 +263,12 @@ def set_up(cfg, run_name: str, tasks: list[str]):
                 file=sys.stderr,
             )
         checks = [
-            partial(prepare_task, cfg, tokenizer, *pair) for pair in zip(tasks, rows, strict=True)
+            partial(prepare_task, cfg, tokenizer, task, *of_task)
+            for task, of_task in zip(tasks, rows, strict=True)
         ]
         data = dict(zip(tasks, all_succeed(checks), strict=True))
+        for task in (task for task in tasks if task not in TASKS or cfg.judge_of(task)):
+            print(describe(judged_task(task, cfg.judge_of(task), data[task].outputs)))
         # The branches, without weights: what is wrong with them shows before a model is loaded.
         (plan,) = all_succeed([lambda: inject(cfg, skeleton(model_config))])
         all_succeed([partial(check_disk, cfg, plan, len(tasks))] if is_first() else [])
