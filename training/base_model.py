@@ -1,7 +1,6 @@
 """The device, the base model and its tokenizer."""
 
 import ctypes
-import hashlib
 import importlib.util
 import os
 import re
@@ -28,7 +27,6 @@ from configs.command_line import (
     processes_here,
     shows_progress,
 )
-from training.saving import file_sha256
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -298,35 +296,3 @@ def _quantization(cfg, dtype: torch.dtype):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     return None
-
-
-def _fingerprint(folder: Path) -> str:
-    """sha256 of the sizes, beginnings and ends of the weight files: gigabytes take no time."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {size}".encode() + file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def describe_base(cfg) -> dict:
-    """What a checkpoint says about its base: name, quantisation and, for a GGUF, sha256."""
-    facts = {"base_model": cfg.model_name, "quantization": cfg.quantization}
-    path = Path(cfg.model_name)
-    if path.is_dir():
-        facts["weights"] = _fingerprint(path)
-    if path.suffix != ".gguf":
-        return facts
-    from gguf import GGUFReader
-
-    # The hash tells the file; the hub id, from its header and name, is what others can load.
-    owner = GGUFReader(path).get_field("general.organization")
-    if owner:
-        facts["base_model"] = (
-            f"{owner.contents()}/{path.name.removesuffix('.gguf').rsplit('.', 1)[0]}"
-        )
-    facts["gguf_sha256"] = file_sha256(path)
-    return facts
