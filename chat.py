@@ -9,10 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import TextStreamer
-
-from configs.command_line import Knobs, UserError, command_line, knob
-from evaluation.generate import greedy, left_padded, prompt_ids, prompt_samples
+from configs.command_line import Knobs, UserError, knob, num_processes
+from configs.ending import command_line, printable
+from evaluation.generate import Voice, greedy, left_padded, prompt_ids, prompt_samples
 from evaluation.readings import BASE, LATEST, READINGS, Stage, open_stage, read_as, sources_of
 from methods import parse_config
 from models.forward import evaluation
@@ -27,6 +26,8 @@ class Chat(Knobs):
 @command_line
 def main(argv=None):
     cfg, wanted = parse_config(argv, Chat, description=__doc__)
+    if num_processes() > 1:
+        raise UserError("a chat is one process: start it without torchrun, or `unset WORLD_SIZE`")
     stage, reading, source = open_stage(cfg, wanted.checkpoint), LATEST, ""
     print(__doc__)
     while True:
@@ -47,7 +48,7 @@ def main(argv=None):
             elif line:
                 say(stage, reading, source, line, wanted.max_new_tokens)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(f"error: {error}"), file=sys.stderr)
 
 
 def obey(stage: Stage, line: str, reading: str, source: str) -> tuple[str, str]:
@@ -76,15 +77,14 @@ def say(stage: Stage, reading: str, source: str, text: str, max_new_tokens: int)
     prompts = prompt_ids(stage.passes.template, [row], stage.cfg.max_seq_len)
     (source,) = sources_of(stage, reading, source, prompt_samples(prompts))
     if READINGS[reading].is_routed:
-        print(f"({source})")
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        print(printable(f"({source})"))
     with (
         read_as(stage, reading, source),
         evaluation(model),
         greedy(model, stage.passes.template, max_new_tokens),
     ):
         inputs = left_padded(prompts, tokenizer.pad_token_id, stage.passes.device)
-        model.generate(**inputs, streamer=streamer)
+        model.generate(**inputs, streamer=Voice(tokenizer))
 
 
 if __name__ == "__main__":

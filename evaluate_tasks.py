@@ -3,35 +3,28 @@
 To the held-out samples of every task in --task_order and, with --benchmarks, to public benchmarks.
 """
 
+import contextlib
 import dataclasses
 import random
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from torch.utils.data import Subset
-
-from configs.command_line import (
-    Knobs,
-    NothingToDo,
-    Stopped,
-    UserError,
-    command_line,
-    is_first,
-    knob,
-    value_of_option,
-)
+from configs.command_line import Knobs, NothingToDo, UserError, is_first, knob, value_of_option
+from configs.ending import command_line
 from evaluation.generate import ask
 from evaluation.likelihood import by_likelihood
 from evaluation.matrix import format_scores
 from evaluation.questions import Questions, benchmark_questions, held_out_questions
 from evaluation.readings import BASE, LATEST, READINGS, Stage, open_stage
+from evaluation.unfinished import Unfinished, ingredients
 from methods import parse_config
 from models.ds_lora import BRANCHES, branches_restored, load_adapter, reset_branch
 from training.loop import TaskTraining, evaluate_loss
-from training.processes import joined
-from training.saving import NoLog, write_json_lines
+from training.processes import all_succeed, joined
+from training.saving import NoLog, run_lock, write_json_lines
 from utils_data import prepare_task, read_task, split_task
 
 RECOVERY_STEPS = 20
@@ -58,7 +51,8 @@ def main(argv=None):
     if wanted.max_samples:
         cfg = dataclasses.replace(cfg, eval_samples_per_task=wanted.max_samples)
     given = list(sys.argv[1:] if argv is None else argv)
-    with joined():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(joined())
         stage = open_stage(cfg, wanted.checkpoint)
         # Those that it was trained on, unless others were asked for.
         asks = value_of_option(given, "--task_order") is not None
@@ -66,17 +60,24 @@ def main(argv=None):
         if wanted.benchmarks:
             questions += benchmark_questions(wanted.benchmarks, wanted.max_samples)
         check(stage, wanted, questions)
+        lock = run_lock([cfg.log_dir], f"scores_{stage.name}")
+        all_succeed([partial(stack.enter_context, lock)] if is_first() else [])
+        all_succeed([partial(check_not_scored, stage)])
         if cfg.dry_run:
             numbers = ", ".join(f"{len(kind.rows)} of {kind.name}" for kind in questions)
             raise NothingToDo(f"dry run: {numbers} would be asked of {stage.name}")
-        try:
-            with stage.passes.stop.installed():
-                evaluate(stage, wanted, questions)
-                if wanted.recovery:
-                    recover(stage)
-        except Stopped as stop:
-            # Not "goes on": an evaluation begins anew.
-            raise KeyboardInterrupt from stop
+        stack.enter_context(stage.passes.stop.installed())
+        begun = log_path(stage, "scores", "unfinished")
+        unfinished = Unfinished(begun, ingredients(stage, wanted, questions), cfg.overwrite)
+        if is_first():
+            # From here on the same command without --overwrite goes on.
+            log_path(stage, "scores").unlink(missing_ok=True)
+        scores = evaluate(stage, wanted, questions, unfinished)
+        if wanted.recovery:
+            recover(stage, unfinished)
+        if is_first():
+            write_json_lines(log_path(stage, "scores"), scores)
+        unfinished.finish()
 
 
 def questions_of(stage: Stage, task: str) -> Questions:
@@ -90,30 +91,39 @@ def questions_of(stage: Stage, task: str) -> Questions:
     return held_out_questions(stage.cfg, task, held_out, outputs)
 
 
-def evaluate(stage: Stage, wanted: Evaluation, all_questions: list[Questions]) -> None:
-    """Asks everything in every reading, keeps the answers, and prints and keeps the scores."""
+def evaluate(
+    stage: Stage, wanted: Evaluation, all_questions: list[Questions], unfinished: Unfinished
+) -> list[dict]:
+    """Asks everything in every reading, keeps the answers, and prints and returns the scores."""
     scores = []
     for questions in all_questions:
-        lines = []
+        path = log_path(stage, "gen", questions.name)
+        done = unfinished.part(questions.name, path)
+        if done:
+            print(f"{questions.name}: answered before")
+            scores += done["scores"]
+            continue
+        lines, of_questions = [], []
         for reading in wanted.branches:
             found, of_reading = ask(stage, reading, questions, wanted.max_new_tokens)
             lines += found
-            scores += of_reading + by_likelihood(stage, reading, questions)
+            of_questions += of_reading + by_likelihood(stage, reading, questions)
         if is_first():
-            write_json_lines(answers_path(stage, questions.name), lines)
+            write_json_lines(path, lines)
+        unfinished.keep(questions.name, path, scores=of_questions)
+        scores += of_questions
     if is_first():
-        write_json_lines(scores_path(stage), scores)
         print(format_scores(scores))
+    return scores
 
 
-def answers_path(stage: Stage, name: str) -> Path:
-    """Where the answers of `stage` to the questions `name` are kept."""
-    return Path(stage.cfg.log_dir) / f"gen_{stage.name}_{name}.jsonl"
+def log_path(stage: Stage, kind: str, name: str = "") -> Path:
+    """Where the "gen" (answers to the questions `name`), "recovery" or "scores" of `stage` are.
 
-
-def scores_path(stage: Stage) -> Path:
-    """Where the scores of `stage` are kept; written last."""
-    return Path(stage.cfg.log_dir) / f"scores_{stage.name}.jsonl"
+    The scores are written last.
+    """
+    ending = f"_{name}" if name else ""
+    return Path(stage.cfg.log_dir) / f"{kind}_{stage.name}{ending}.jsonl"
 
 
 def check(stage: Stage, wanted: Evaluation, all_questions: list[Questions]) -> None:
@@ -146,22 +156,27 @@ def check(stage: Stage, wanted: Evaluation, all_questions: list[Questions]) -> N
             problems.append(
                 f"{name} needs the checkpoints of {', '.join(missing)} in {cfg.save_dir}"
             )
-    path = scores_path(stage)
+    folder = Path(cfg.log_dir)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        problems.append(f"--log_dir {path.parent} cannot be written: {error.strerror}")
-    if path.exists() and not cfg.overwrite:
-        problems.append(
-            f"{path} is there already: give --overwrite true to replace it and its answers, or "
-            "another --log_dir"
-        )
+        problems.append(f"--log_dir {folder} cannot be written: {error.strerror}")
     if problems:
         raise UserError("\n".join(problems))
 
 
-def recover(stage: Stage) -> None:
+def check_not_scored(stage: Stage) -> None:
+    """Raises `UserError` where `stage` has its scores already, and they are not to be replaced."""
+    path = log_path(stage, "scores")
+    if path.exists() and not stage.cfg.overwrite:
+        raise UserError(
+            f"{path} is there already: give --overwrite true to replace it and its answers, or "
+            "another --log_dir"
+        )
+
+
+def recover(stage: Stage, unfinished: Unfinished) -> None:
     """Logs how much of what was lost comes back with a few samples of each earlier task.
 
     A copy of the branches is trained for RECOVERY_STEPS on RECOVERY_SAMPLES of it, and so are new
@@ -176,11 +191,14 @@ def recover(stage: Stage) -> None:
     )
     lines = []
     for task in stage.seen[:-1]:
-        lines.append({"stage": stage.name, "task": task, **recover_task(stage, cfg, task)})
-        losses = "  ".join(f"{k} {v:.3f}" for k, v in lines[-1].items() if isinstance(v, float))
-        print(f"recovery of {task}: {losses}")
+        name = f"recovery of {task}"
+        done = unfinished.part(name)
+        losses = done["losses"] if done else recover_task(stage, cfg, task)
+        unfinished.keep(name, losses=losses)
+        lines.append({"stage": stage.name, "task": task, **losses})
+        print(f"{name}: {'  '.join(f'{k} {v:.3f}' for k, v in losses.items())}")
     if is_first():
-        write_json_lines(Path(cfg.log_dir) / f"recovery_{stage.name}.jsonl", lines)
+        write_json_lines(log_path(stage, "recovery"), lines)
 
 
 def recover_task(stage: Stage, cfg, task: str) -> dict[str, float]:
@@ -210,7 +228,7 @@ def recover_task(stage: Stage, cfg, task: str) -> dict[str, float]:
         chosen = random.Random(f"{cfg.seed}/{task}/recovery").sample(
             range(len(data.train)), min(size, len(data.train))
         )
-        few = Subset(data.train, chosen)
+        few = [data.train[i] for i in chosen]
         for start, begin in (("final", lambda: None), ("base", to_base)):
             with branches_restored(model):
                 begin()

@@ -6,21 +6,45 @@ python plot_loss.py compare RUN [RUN ..] logs/compare.md, .png and .pdf; RUN: lo
 """
 
 import argparse
+import itertools
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
+from configs.command_line import Parser, UserError
+from configs.ending import command_line
+from evaluation.compare import read_log
+from evaluation.pictures import COLOURS, UNIT, plot_compare, plt, save, style_of
 
-from configs.command_line import Parser, UserError, command_line
-from evaluation.compare import COLOURS, UNIT, plot_compare, read_log, save, style_of
+LINES_WITH_MARKERS = 30
 
 
 def running_mean(values: list[float], width: int) -> list[float]:
     """Mean of each value and the `width` - 1 before it, as far as there are so many."""
-    windows = (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    sums = list(itertools.accumulate(values, initial=0.0))
+    starts = [max(0, end - width) for end in range(1, len(sums))]
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
+
+
+def ends_of_epochs(train: list[dict]) -> Callable[[int], int]:
+    """The step at which an epoch, from 1, ended, as far as the training log tells.
+
+    A line (epoch, step) says that epoch - 1 epochs have fewer steps than step, and epoch epochs no
+    fewer. The last line of a finished run is its last step, which ends an epoch unless
+    --max_steps_per_task came before.
+    """
+    last = train[-1]
+    least = max(-(-row["step"] // row["epoch"]) for row in train)
+    later = [row for row in train if row["epoch"] > 1]
+    most = min(((row["step"] - 1) // (row["epoch"] - 1) for row in later), default=last["step"])
+    whole, rest = divmod(last["step"], last["epoch"])
+    steps = whole if not rest and least <= whole <= most else (least + max(least, most)) // 2
+
+    def end(epoch: int) -> int:
+        return min(epoch * steps, last["step"]) if epoch == last["epoch"] else epoch * steps
+
+    return end
 
 
 def plot_single(log_dir: Path, task: str) -> Path:
@@ -33,21 +57,25 @@ def plot_single(log_dir: Path, task: str) -> Path:
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     width = max(1, len(steps) // 20)
-    axes.plot(steps, losses, color=COLOURS[0], alpha=0.3 if width > 1 else 1, label="training")
+    # A few lines are points; a single one would else be nothing.
+    marker = "." if len(steps) <= LINES_WITH_MARKERS else ""
+    alpha = 0.3 if width > 1 else 1
+    axes.plot(steps, losses, color=COLOURS[0], marker=marker, alpha=alpha, label="training")
     if width > 1:
         smooth = running_mean(losses, width)
         axes.plot(steps, smooth, color=COLOURS[0], label=f"training, mean of {width} log lines")
-    ends = {row["epoch"]: row["step"] for row in train}
+    end_of = ends_of_epochs(train)
     axes.plot(
-        [ends[row["epoch"]] for row in held_out if row["epoch"] in ends],
-        [row["loss"] for row in held_out if row["epoch"] in ends],
+        [end_of(row["epoch"]) for row in held_out],
+        [row["loss"] for row in held_out],
         color=COLOURS[4],
         marker="o",
         linestyle="--",
         label="held-out, end of epoch",
     )
-    axes.set(title=f"{task}: DS-LoRA", xlabel="optimizer step", ylabel=UNIT)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    # A log does not say what was trained.
+    axes.set(title=f"{task}: loss", xlabel="optimizer step", ylabel=UNIT)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     return save(figure, log.with_suffix(".png"))

@@ -14,7 +14,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from configs.command_line import Knobs, UserError, command_line, knob, parse_dataclasses
+from configs.command_line import Knobs, UserError, knob, parse_dataclasses
+from configs.ending import command_line
 from tasks import TASKS
 from tasks.source import Drop, Source, WrongShape
 from training.saving import atomic_file, file_sha256, write_json

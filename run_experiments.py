@@ -4,6 +4,7 @@ A finished run is left alone and an interrupted one goes on, so the same command
 and again. Every other option goes to all runs, whose folders lie below --log_dir and --save_dir.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import plot_loss
-from configs.command_line import Knobs, UserError, command_line, default_of, knob, value_of_option
+from configs.command_line import Knobs, Stopped, UserError, default_of, knob, value_of_option
+from configs.ending import STOPPING, command_line
 from methods import METHODS, find_method, knob_names, parse_config
 from tasks import TASKS
-from training.base_model import describe_base
-from training.saving import differences, run_identity
+from training.identity import describe_base, differences, run_identity
 
 VARIANTS = {
     name: {"method": method.name, **settings}
@@ -28,6 +29,10 @@ VARIANTS = {
 # What tells one run of a method from another, and where it goes.
 RESERVED = {"seed", "task_order", "log_dir", "save_dir", "method", "config", "overwrite", "dry_run"}
 NUMBERED = list(TASKS)
+# Exit codes of a run that was told to stop: by itself, or before it could say so.
+STOPPED = {code: n for n in (signal.SIGINT, *STOPPING) for code in (128 + n, -n)}
+# From one look for signals to the next while a run is at work.
+SECONDS_TO_LOOK = 0.2
 DIGITS = "".join(str(number) for number in range(1, len(NUMBERED) + 1))
 
 
@@ -70,8 +75,8 @@ def main(argv=None):
         if state == "finished" or cfg.dry_run:
             continue
         code = execute(run)
-        if code in (130, 143):
-            raise KeyboardInterrupt
+        if code in STOPPED:
+            raise Stopped(STOPPED[code])
         failed += [run.name] if code else []
     done = [str(run.summary.parent) for run in runs if run.summary.exists()]
     if done and plot_loss.main(["compare", *done, "--log_dir", cfg.log_dir]):
@@ -184,19 +189,31 @@ def as_flags(settings: dict) -> list[str]:
 
 
 def execute(run: Experiment) -> int:
-    """The exit code of the run, in a process of its own: its faults do not end the night."""
-    script = Path(__file__).with_name("train_slsd_seq.py")
-    with subprocess.Popen([sys.executable, script, *run.argv]) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            while True:
-                try:
-                    return process.wait()
-                except KeyboardInterrupt:
-                    # The terminal has told the run too, and it saves before it ends.
-                    continue
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    """The exit code of the run, in a process of its own: its faults do not end the night.
+
+    Told to stop, it tells the run, and waits until that has saved.
+    """
+    script, received = Path(__file__).with_name("train_slsd_seq.py"), []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, *STOPPING)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        process, told = subprocess.Popen([sys.executable, script, *run.argv]), set()
+        while True:
+            for number in set(received) - told:
+                told.add(number)
+                # Of Ctrl-C the terminal has told the run too, and a second one would kill it.
+                if number != signal.SIGINT:
+                    process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                # Finished although it was told to stop: what comes next is not begun.
+                code = process.wait(timeout=SECONDS_TO_LOOK)
+                return code or (128 + received[0] if received else 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_finished(run: Experiment) -> None:

@@ -4,12 +4,13 @@
 """
 
 import dataclasses
+import operator
 import sys
 import time
+from functools import reduce
 
-from torch.utils.data import ConcatDataset
-
-from configs.command_line import command_line, num_processes
+from configs.command_line import num_processes
+from configs.ending import command_line
 from evaluation.report import SequenceReport
 from methods import find_method, parse_config
 from methods.method import JOINT, Method, Tools
@@ -92,7 +93,7 @@ def make_method(cfg, session: Session) -> Method:
 
 def one_stage(cfg, session: Session):
     """All tasks as one, with the steps of all: the configuration and the name of its only stage."""
-    everything = ConcatDataset([session.data[task].train for task in cfg.task_order])
+    everything = reduce(operator.add, (session.data[task].train for task in cfg.task_order))
     session.data[JOINT] = TaskData(train=everything, held_out=None)
     steps = cfg.max_steps_per_task * len(cfg.task_order)
     return dataclasses.replace(cfg, max_steps_per_task=steps), [JOINT]

@@ -1,8 +1,7 @@
-"""Flags from dataclasses, errors and exit codes of the scripts, and which process this is."""
+"""Flags from dataclasses, errors, and which process this is."""
 
 import dataclasses
 import difflib
-import functools
 import importlib.util
 import math
 import os
@@ -38,24 +37,38 @@ class Stopped(Exception):
         self.exit_code = 128 + signal_number
 
 
+def _from_launcher(name: str, least: int) -> int:
+    """The number that torchrun or accelerate launch put into the environment, else `least`.
+
+    Raises `UserError` where something else put anything else there.
+    """
+    text = os.environ.get(name) or str(least)
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
+        raise UserError(
+            f"{name} is {text!r} in the environment, where torchrun puts a number from {least} on: "
+            f"start with torchrun, or `unset {name}`"
+        )
+    return int(text)
+
+
 def num_processes() -> int:
     """Processes of this run, as torchrun or accelerate launch started them."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _from_launcher("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """Number of this process among all of the run, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return _from_launcher("RANK", 0)
 
 
 def local_rank() -> int:
     """Number of this process among those on this machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _from_launcher("LOCAL_RANK", 0)
 
 
 def processes_here() -> int:
     """Processes of the run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _from_launcher("LOCAL_WORLD_SIZE", 1)
 
 
 def is_first() -> bool:
@@ -65,7 +78,7 @@ def is_first() -> bool:
 
 def shows_progress() -> bool:
     """Whether this process draws progress bars."""
-    return is_first() and sys.stderr.isatty()
+    return is_first() and bool(sys.stderr) and sys.stderr.isatty()
 
 
 def knob(default, help: str, *, decides: bool = True, **bounds):
@@ -296,48 +309,3 @@ def config_class(name: str) -> type[Knobs]:
     if len(found) != 1:
         raise UserError(f"{path}: define one subclass of BaseConfig, not {len(found)}")
     return found[0]
-
-
-def command_line(main):
-    """Decorates a script's `main(argv=None)`: returns its exit code.
-
-    0 done; 2 on `UserError`, which prints `error: ...` a line, and where disk or memory fail; 130
-    on Ctrl-C and 143 on SIGTERM.
-    """
-
-    @functools.wraps(main)
-    def wrapped(argv=None) -> int:
-        for stream in (sys.stdout, sys.stderr):
-            # What a terminal cannot show must not end a run.
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
-        try:
-            main(argv)
-        except UserError as error:
-            # Until the processes of a run have joined, each of them says the same.
-            if is_first() or error.is_of_process:
-                for line in str(error).splitlines():
-                    print(f"error: {line}", file=sys.stderr)
-            return 2
-        except NothingToDo as reason:
-            print(reason)
-        except Stopped as stop:
-            print(f"{stop}; the same command goes on from the last saved step", file=sys.stderr)
-            return stop.exit_code
-        except BrokenPipeError:
-            # Whoever read what was printed has gone, as `head` does; nor can the rest be flushed.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        except (OSError, MemoryError) as error:
-            # A full disk, a folder that vanished, no memory: the user's to mend.
-            if isinstance(error, OSError) and error.errno is None:
-                raise
-            reason = str(error) or "out of memory"
-            print(f"error: {reason}; the last saved state is whole", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-        return 0
-
-    return wrapped

@@ -3,9 +3,10 @@
 import contextlib
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TextStreamer
 
 from configs.command_line import num_processes, rank
+from configs.ending import printable
 from evaluation.questions import Questions, judge_all
 from evaluation.readings import Stage, read_as, sources_of
 from models.answers import everywhere
@@ -90,6 +91,16 @@ def generate(
 
     replies = everywhere(gather, passes.with_less_memory(run))
     return [replies[i] for i in range(len(prompts))]
+
+
+class Voice(TextStreamer):
+    """Prints an answer token by token; nothing in it steers the terminal."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
 
 
 def ask(stage: Stage, reading: str, questions: Questions, max_new_tokens: int = 0):

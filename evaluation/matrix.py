@@ -9,6 +9,7 @@ A mean is taken over the tasks for which all its cells are there, and is NaN wit
 import math
 import textwrap
 
+from configs.ending import printable
 from methods.method import JOINT
 from tasks.task import Task
 
@@ -283,9 +284,7 @@ def format_samples(samples: list[dict], references: dict[str, list[str]], width:
     """
 
     def one_line(text: str) -> str:
-        # What a model writes must not steer the terminal.
-        text = "".join(c if c.isprintable() else " " for c in text)
-        text = " ".join(text.split())
+        text = " ".join(printable(text).split())
         return text if len(text) <= width else text[: width - 3] + "..."
 
     lines = ["answers after each stage"]

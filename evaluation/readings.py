@@ -20,15 +20,14 @@ from models.forward import evaluation, response_tokens
 from models.router import Router, prompt_feature
 from training.base_model import (
     check_model,
-    describe_base,
     load_model,
     load_tokenizer,
     select_device,
 )
+from training.identity import base_identity, describe_base, differences
 from training.loop import evaluate_loss
 from training.passes import Passes, StopSignals
 from training.processes import gather
-from training.saving import differences
 from training.session import DECIDED_IN_TRAINING, inject
 from utils_data import PromptTemplate, TaskData
 
@@ -243,7 +242,7 @@ def open_stage(cfg, checkpoint: str) -> Stage:
                 f"checkpoints/seq_{cfg.task_order[-1]}, or base"
             ) from error
     model_config = check_model(cfg)
-    about = describe_base(cfg)
+    about = base_identity(describe_base(cfg))
     known = {key: facts[key] for key in about if key in facts}
     if differing := differences(known, {key: about[key] for key in known}):
         raise UserError(f"--checkpoint {folder} has another base model ({differing}): give its own")

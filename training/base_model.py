@@ -1,7 +1,6 @@
 """The device, the base model and its tokenizer."""
 
 import ctypes
-import hashlib
 import importlib.util
 import os
 import re
@@ -29,7 +28,6 @@ from configs.command_line import (
     processes_here,
     shows_progress,
 )
-from training.saving import file_sha256
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -320,51 +318,3 @@ def _quantization(cfg, dtype: torch.dtype):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     return None
-
-
-def _fingerprint(folder: Path) -> str:
-    """sha256 of the sizes, beginnings and ends of the weight files: gigabytes take no time."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {size}".encode() + file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def describe_base(cfg) -> dict:
-    """What a checkpoint says about its base: name, quantisation and, for a GGUF, sha256."""
-    facts = {"base_model": cfg.model_name, "quantization": cfg.quantization}
-    path = Path(cfg.model_name)
-    if path.is_dir():
-        facts["weights"] = _fingerprint(path)
-    if path.suffix != ".gguf":
-        return facts
-    from gguf import GGUFReader
-
-    # The hash tells the file; the hub id, from its header and name, is what others can load.
-    header = GGUFReader(path).fields
-    known = {key: field.contents() for key, field in header.items() if key.startswith("general.")}
-    facts["base_model"] = hub_id_of_gguf(path.name, known) or cfg.model_name
-    facts["gguf_sha256"] = file_sha256(path)
-    return facts
-
-
-def hub_id_of_gguf(file_name: str, header: dict) -> str | None:
-    """The hub id of the model that a GGUF file was made from; None where nothing tells it.
-
-    `general.base_model.*` is that model, or the one that it was fine-tuned from: the file's name
-    and `general.finetune` tell which.
-    """
-    name = re.sub(r"(?i)[.-](i?q\d\w*|b?f(16|32))?$", "", file_name.removesuffix(".gguf"))
-    url = str(header.get("general.base_model.0.repo_url", ""))
-    base = url.partition("huggingface.co/")[2].strip("/")
-    owner, _, base_name = base.partition("/")
-    organization = str(header.get("general.organization", "")).strip()
-    if base and (base_name.lower() == name.lower() or "general.finetune" not in header):
-        return base
-    if base and re.sub(r"\W+", "-", organization).lower() == owner.lower():
-        return f"{owner}/{name}"
-    return f"{organization}/{name}" if re.fullmatch(r"[\w.-]+", organization) else None

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.command_line import Stopped, UserError, num_processes, rank, shows_progress
+from configs.ending import STOPPING, is_out_of_memory
 from models.forward import IGNORE, evaluation, to_device
 from models.frozen_prefix import FrozenPrefix
 from training.plan import prefix_room
@@ -39,7 +40,9 @@ def progress_bar(total: int, description: str, unit: str) -> tqdm:
 
 
 class StopSignals:
-    """Turns the first Ctrl-C or SIGTERM into `Stopped` at the next `check()`; a second kills.
+    """Turns Ctrl-C, SIGTERM or SIGHUP into `Stopped` at the next `check()`.
+
+    Another Ctrl-C kills. The others may come twice: a scheduler tells a run and what started it.
 
     Attributes:
         received: number of the signal that came last, or 0.
@@ -61,10 +64,10 @@ class StopSignals:
         if num_processes() > 1:
             # torchrun passes on what the terminal has sent already, and kills after 30 seconds.
             return
-        # Not print: a handler may interrupt one.
-        os.write(2, b"\nstopping after this pass; a second signal stops at once\n")
+        # Not print: a handler may interrupt one. A terminal that closed takes nothing.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this pass; Ctrl-C stops at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     @contextlib.contextmanager
     def installed(self):
@@ -74,7 +77,9 @@ class StopSignals:
             return
         before = {
             number: signal.signal(number, self._receive)
-            for number in (signal.SIGINT, signal.SIGTERM)
+            for number in (signal.SIGINT, *STOPPING)
+            # What is ignored, as by nohup, stays so.
+            if signal.getsignal(number) is not signal.SIG_IGN
         }
         try:
             yield
@@ -219,9 +224,9 @@ class Passes:
         try:
             with evaluation(self.model):
                 self.prefix.run_bottom(ids)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             print(f"{self._family} is not read as routed: {_in_one_line(error)}")
             return False
         return True
@@ -240,15 +245,16 @@ class Passes:
             self.prefix.drop(self.prefix.sample_ids() - before)
 
     def with_less_memory(self, work: Callable):
-        """`work()`; where it runs out of GPU memory, again with passes of half the tokens.
+        """`work()`; where it runs out of memory, again with passes of half the tokens.
 
         Raises `UserError` where a single sample is too much.
         """
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                pass
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
             # Outside the handler, whose traceback holds the tensors of the failed pass.
             self.model.zero_grad()
             gc.collect()
@@ -256,8 +262,8 @@ class Passes:
                 torch.cuda.empty_cache()
             if self.samples_in_pass <= 1:
                 raise UserError(
-                    "out of GPU memory with one sample a pass: give --gradient_checkpointing true, "
+                    "out of memory with one sample a pass: give --gradient_checkpointing true, "
                     "a smaller --max_seq_len, --quantization 4bit, or a larger --num_frozen_layers"
                 )
             self.tokens_per_pass = max(1, self.tokens_per_pass // 2)
-            print(f"out of GPU memory: going on with --tokens_per_pass {self.tokens_per_pass}")
+            print(f"out of memory: going on with --tokens_per_pass {self.tokens_per_pass}")

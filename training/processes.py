@@ -17,6 +17,9 @@ import torch.distributed.nn
 
 from configs.command_line import UserError, is_first, num_processes, rank
 
+# What torchrun and accelerate launch tell each process beside WORLD_SIZE.
+LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 @contextlib.contextmanager
 def joined():
@@ -24,6 +27,16 @@ def joined():
     if num_processes() == 1:
         yield
         return
+    if missing := [name for name in LAUNCHER if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE is {num_processes()} in the environment, and {', '.join(missing)} "
+            "missing: start with torchrun, or `unset WORLD_SIZE`"
+        )
+    if rank() >= num_processes():
+        raise UserError(
+            f"RANK is {rank()} and WORLD_SIZE {num_processes()} in the environment: start with "
+            "torchrun, or `unset RANK WORLD_SIZE`"
+        )
     # What is no tensor goes through gloo, from host to host.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:

@@ -1,8 +1,6 @@
 """What a run leaves on disk: whole files or none, one JSON object a line, states to resume from."""
 
 import contextlib
-import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -12,13 +10,10 @@ import sys
 from pathlib import Path
 
 import safetensors.torch
+from filelock import FileLock, Timeout
 
-from configs.base_config import NOT_RESULTS
-from configs.command_line import UserError, rank
+from configs.command_line import UserError
 from methods.method import JOINT
-
-# Of what a saved state holds: another version's cannot be gone on from.
-STATE_VERSION = 2
 
 
 def file_sha256(path: str | Path) -> str:
@@ -42,11 +37,12 @@ def _sync_folder(folder: Path) -> None:
 def atomic_file(path: str | Path):
     """Yields a UTF-8 text file that takes the place of `path` when the block ends without a fault.
 
-    Until then `path` is what it was: the text goes to a sibling, is fsynced and renamed.
+    Until then `path` is what it was: the text goes to a sibling, is fsynced and renamed. One writer
+    at a time: what a killed one left is written over.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.tmp")
     try:
         with open(partial, "w", encoding="utf-8", newline="\n") as file:
             yield file
@@ -72,13 +68,21 @@ def atomic_folder(path: str | Path):
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         _sync_folder(partial)
-        if path.exists():
+        if os.path.lexists(path):
             # Of a stage that is being done again: the state to resume from is older than it.
             remove(path)
         os.rename(partial, path)
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_same_file(path: str | Path, known: os.stat_result) -> bool:
+    """Whether the file at `path` is the one that `known` was asked of."""
+    try:
+        return os.path.samestat(os.stat(path), known)
+    except FileNotFoundError:
+        return False
 
 
 class JsonlLog:
@@ -118,10 +122,18 @@ class JsonlLog:
         self._digest.update(line.encode("utf-8", "surrogatepass"))
 
     def written(self) -> dict:
-        """{"size", "sha256"} of what is written, which is on the disk when this returns."""
+        """{"size", "sha256"} of what is written, which is on the disk when this returns.
+
+        Raises `UserError` where the file that lines go to is no longer the one of its name.
+        """
         os.fsync(self._file.fileno())
-        size = os.fstat(self._file.fileno()).st_size
-        return {"size": size, "sha256": self._digest.hexdigest()}
+        here = os.fstat(self._file.fileno())
+        if not is_same_file(self._file.name, here):
+            raise UserError(
+                f"{self._file.name} was removed or replaced during the run: put it back, or give "
+                "--overwrite true to start afresh"
+            )
+        return {"size": here.st_size, "sha256": self._digest.hexdigest()}
 
     def read(self) -> list[dict]:
         """All lines so far."""
@@ -245,16 +257,21 @@ class RunState:
 def run_lock(folders: list[str], run_name: str):
     """Holds the folders for this run; the lock of a dead process holds nothing.
 
-    Removes what a killed run left half-written. Raises `UserError` where another run holds a folder
-    or where it cannot be written.
+    Removes what a killed run left half-written. Yields a function that raises `UserError` where a
+    folder or its lock is gone, so that another run may be at work there. Raises `UserError` where
+    one is, or where a folder cannot be written.
     """
+    locks: dict[Path, os.stat_result] = {}
     with contextlib.ExitStack() as stack:
         for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+            path = folder / f".{run_name}.lock"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(folder / f".{run_name}.lock", "w"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                if path.is_symlink():
+                    raise UserError(f"{path} is a symbolic link: remove it")
+                stack.enter_context(FileLock(path, timeout=0))
+                locks[path] = os.stat(path)
+            except Timeout:
                 raise UserError(
                     f"{folder}: another run is at work there; wait for it, or give another folder"
                 ) from None
@@ -263,7 +280,16 @@ def run_lock(folders: list[str], run_name: str):
             for pattern in (f".{run_name}_*.tmp", f"{run_name}_state/.*.tmp"):
                 for left in folder.glob(pattern):
                     remove(left)
-        yield
+
+        def check() -> None:
+            for path, known in locks.items():
+                if not is_same_file(path, known):
+                    raise UserError(
+                        f"{path} was removed during the run, and another may have begun there: "
+                        "see that none has, and give the same command again"
+                    )
+
+        yield check
 
 
 def state_folder(cfg, run_name: str) -> Path:
@@ -271,10 +297,26 @@ def state_folder(cfg, run_name: str) -> Path:
     return Path(cfg.save_dir) / f"{run_name}_state"
 
 
-def _outputs(cfg, run_name: str) -> list[Path]:
-    """What an earlier run left, by the exact names that the project gives; the state comes first.
+def summary_path(cfg) -> Path:
+    """Of a sequence, written last: the run is finished where it is."""
+    return Path(cfg.log_dir) / "seq_summary.json"
 
-    So a run that is killed while they are removed is not taken for a finished one.
+
+def check_finished(cfg, run_name: str, facts: dict) -> None:
+    """Raises `UserError` where the finished run of the state `facts` has lost what it wrote."""
+    paths = [Path(cfg.log_dir) / f"{name}.jsonl" for name in facts["logs"]]
+    paths += [summary_path(cfg)] if run_name == "seq" else []
+    if missing := [path for path in paths if not path.exists()]:
+        raise UserError(
+            f"{state_folder(cfg, run_name)} says that this run is finished, but {missing[0]} is "
+            "missing: put it back, give the run's own --log_dir, or --overwrite true"
+        )
+
+
+def _outputs(cfg, run_name: str) -> list[Path]:
+    """What an earlier run left, by the exact names that the project gives.
+
+    First what says that the run is finished: one that is killed while they are removed is not.
     """
     stages = "|".join(map(re.escape, [*cfg.data_paths, JOINT]))
     if run_name == "seq":
@@ -291,8 +333,9 @@ def _outputs(cfg, run_name: str) -> list[Path]:
     paths = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
     state = state_folder(cfg, run_name)
     found = [path for path in paths if ours.fullmatch(path.name)]
-    found = [path for path in found if path != state or any(path.iterdir())]
-    return sorted(found, key=lambda path: path != state)
+    found = [path for path in found if path != state or not path.is_dir() or any(path.iterdir())]
+    first = [summary_path(cfg), state]
+    return sorted(found, key=lambda path: first.index(path) if path in first else len(first))
 
 
 def check_outputs(cfg, run_name: str) -> None:
@@ -318,46 +361,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def run_identity(cfg, tasks: list[str], about_base: dict) -> dict:
-    """What makes a run the one that it is, whatever machine it is on: JSON values."""
-    config = {
-        name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_RESULTS
-    }
-    data = {f"data of {task}": file_sha256(cfg.data_path(task)) for task in tasks}
-    tests = {f"test data of {t}": file_sha256(cfg.test_path(t)) for t in tasks if cfg.test_path(t)}
-    judges = {"task_judges": cfg.task_judges} if cfg.task_judges else {}
-    own = {"method file": file_sha256(cfg.method)} if cfg.method.endswith(".py") else {}
-    return {**config, **about_base, **data, **tests, **judges, **own, "state": STATE_VERSION}
-
-
-def differences(first: dict, second: dict) -> str:
-    """What differs between two identities, in words; "" where nothing does."""
-    return ", ".join(
-        f"another {name}"
-        if "data of" in name
-        else f"{name} {first.get(name)} -> {second.get(name)}"
-        for name in {**first, **second}
-        if first.get(name) != second.get(name)
-    )
-
-
-def check_identity(folder: Path, saved: dict | None, first: dict, own: dict) -> None:
-    """Compares this process with the first one, and that with the saved state."""
-    if differing := differences(first, own):
-        raise UserError(
-            f"process {rank()} is not like the first one ({differing}): give each machine the same "
-            "files and packages"
-        )
-    if saved and saved.get("state") != STATE_VERSION:
-        raise UserError(
-            f"{folder} holds the state of another version of this program "
-            f"({saved.get('state', 1)}, this is {STATE_VERSION}): finish the run with that one, or "
-            "give --overwrite true to start afresh"
-        )
-    if saved and (differing := differences(saved, own)):
-        raise UserError(
-            f"{folder} holds the state of another run ({differing}): give --overwrite true to "
-            "start afresh, or another --save_dir and --log_dir"
-        )

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +25,13 @@ from tasks.judges import describe
 from training.base_model import (
     check_device,
     check_model,
-    describe_base,
     load_model,
     load_tokenizer,
     model_dtype,
     select_device,
     skeleton,
 )
+from training.identity import check_identity, describe_base, run_identity
 from training.passes import Passes, StopSignals
 from training.plan import check_disk, describe_parameters, prefix_limits, report_plan
 from training.prefix_store import open_store
@@ -40,10 +41,9 @@ from training.saving import (
     NoLog,
     RunState,
     atomic_folder,
-    check_identity,
+    check_finished,
     check_outputs,
     clear_outputs,
-    run_identity,
     run_lock,
     state_folder,
 )
@@ -69,6 +69,7 @@ class Journal:
         about_base: what its checkpoints say of their base.
         state: where its states are.
         identity: what makes it the run that it is.
+        check_lock: raises `UserError` where its folders are no longer held.
 
     Attributes:
         position: where the run is, for the script to read and write: JSON values.
@@ -77,12 +78,20 @@ class Journal:
             counts too.
     """
 
-    def __init__(self, cfg, passes: Passes, about_base: dict, state: RunState, identity: dict):
+    def __init__(
+        self,
+        cfg,
+        passes: Passes,
+        about_base: dict,
+        state: RunState,
+        identity: dict,
+        check_lock: Callable[[], None] = lambda: None,
+    ):
         self.cfg, self.passes, self.about_base = cfg, passes, about_base
         self.position: dict = {}
         self.training: tuple[dict, dict] | None = None
         self.started = time.perf_counter()
-        self._state, self.identity = state, identity
+        self._state, self.identity, self._check_lock = state, identity, check_lock
         self._attached: dict = {}
         self._resumed_parts: dict[str, dict] = {}
         self._logs: dict[str, JsonlLog] = {}
@@ -143,6 +152,7 @@ class Journal:
     def _save(self, training, parts, keep: int = 2) -> None:
         if not is_first():
             return
+        self._check_lock()
         facts = {
             "identity": self.identity,
             "position": self.position,
@@ -231,7 +241,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
     with contextlib.ExitStack() as stack:
         stack.enter_context(joined())
         lock = run_lock([cfg.save_dir, cfg.log_dir], run_name)
-        all_succeed([partial(stack.enter_context, lock)] if is_first() else [])
+        check_lock = all_succeed([partial(stack.enter_context, lock)] if is_first() else [])
         stack.enter_context(stop.installed())
         model_config, device, _, *rows = all_succeed(
             [
@@ -251,6 +261,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         known = saved and saved[0]["identity"]
         all_succeed([partial(check_identity, state.folder, known, first, identity)])
         if saved and saved[0]["position"].get("finished"):
+            all_succeed([partial(check_finished, cfg, run_name, saved[0])] if is_first() else [])
             raise NothingToDo(
                 f"this run is finished: see {cfg.log_dir}; --overwrite true does it again"
             )
@@ -281,7 +292,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         print(f"{device}, {model.dtype}: {describe_parameters(model)}")
         (store,) = all_succeed([partial(open_store, cfg, model, about_base)])
         passes = Passes(cfg, model, tokenizer, device, stop, store)
-        journal = Journal(cfg, passes, about_base, state, identity)
+        journal = Journal(cfg, passes, about_base, state, identity, *check_lock)
         if saved:
             journal.resume(*saved)
             print(f"going on from {state.folder}")

@@ -17,13 +17,12 @@ from configs.command_line import UserError
 from training import base_model
 from training.base_model import (
     check_model,
-    describe_base,
-    hub_id_of_gguf,
     load_model,
     load_model_and_tokenizer,
     load_tokenizer,
     select_device,
 )
+from training.identity import describe_base, hub_id_of_gguf
 
 CPU = torch.device("cpu")
 
@@ -96,7 +95,9 @@ def test_a_folder_loads_in_the_dtype_asked_for(make_config, model_folder):
     model, _ = load_model_and_tokenizer(make_config(dtype="bfloat16"), CPU)
     assert model.dtype == torch.bfloat16
     facts = describe_base(make_config())
-    assert facts.pop("weights") and facts == {
+    for files in ("weights", "config.json", "tokenizer"):
+        assert len(facts.pop(files)) == 64
+    assert facts == {
         "base_model": str(model_folder),
         "quantization": "none",
     }
