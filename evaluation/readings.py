@@ -2,21 +2,21 @@
 
 import contextlib
 import dataclasses
-import json
+import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch.utils.data import Subset
 
 from configs.command_line import UserError
-from methods import find_method
+from methods import METHODS, find_method
 from methods.method import JOINT, Method
 from models.answers import everywhere
 from models.ds_lora import BRANCHES, branch_off, branches_restored, load_adapter
 from models.forward import evaluation, response_tokens
+from models.reading import read_json, read_safetensors
 from models.router import Router, prompt_feature
 from training.base_model import (
     check_model,
@@ -113,17 +113,41 @@ class Stage:
         What its training decided goes into the configuration: method, order of the tasks and
         held-out share. Raises `UserError`, and stays what it was, where it does not fit.
         """
+        facts, _ = read_facts(folder)
+        known = {name: facts[name] for name in DECIDED_IN_TRAINING if name in facts}
+        try:
+            cfg = dataclasses.replace(self.cfg, **known, save_dir=str(folder.parent))
+        except UserError as error:
+            raise UserError(f"{folder / 'ds_lora.json'}: {error}") from error
+        # A file is run by who names it, not by who made the checkpoint.
+        if cfg.method not in (*METHODS, self.cfg.method):
+            raise UserError(f"{folder} was trained by --method {cfg.method}: give the same here")
+        then = dataclasses.replace(
+            self, name=folder.name.removeprefix("seq_"), cfg=cfg, router=Router()
+        )
+        then.read_router(folder / "router.safetensors")
         try:
             load_adapter(self.passes.model, folder)
-            facts = json.loads((folder / "ds_lora.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(str(error)) from error
-        known = {name: facts[name] for name in DECIDED_IN_TRAINING if name in facts}
-        self.cfg = dataclasses.replace(self.cfg, **known, save_dir=str(folder.parent))
-        self.name, self.router = folder.name.removeprefix("seq_"), Router()
-        saved = folder / "router.safetensors"
-        if saved.exists():
-            self.router.restore(safetensors.torch.load(saved.read_bytes()))
+        self.name, self.cfg, self.router = then.name, then.cfg, then.router
+
+    def read_router(self, path: Path) -> None:
+        """Takes up the router of a stage, where there is one; `UserError` where it does not fit."""
+        if not os.path.lexists(path):
+            return
+        width = self.passes.model.config.get_text_config().hidden_size
+        tasks = self.cfg.task_order
+        try:
+            # Two square matrices at most, and a kilobyte for a name.
+            most = 2 * width * (width + len(tasks)) + 1000 * len(tasks)
+            self.router.restore(read_safetensors(path, most), width)
+            found = self.router.tasks
+            if found != self.seen and (self.seen or not set(found) <= set(tasks)):
+                wanted = ", ".join(self.seen or tasks)
+                raise ValueError(f"it knows the tasks {', '.join(found)}, not {wanted}")
+        except ValueError as error:
+            raise UserError(f"{path} does not fit ({error}): put the stage's own back") from error
 
 
 @contextlib.contextmanager
@@ -202,6 +226,19 @@ def evaluate_reading(stage: Stage, reading: str, task: str) -> tuple[dict, dict[
     )
 
 
+def read_facts(folder: Path) -> tuple[dict, dict]:
+    """What ds_lora.json and adapter_config.json of a checkpoint say; `UserError` without them."""
+    facts = []
+    for name in ("ds_lora.json", "adapter_config.json"):
+        try:
+            facts.append(read_json(folder / name))
+        except ValueError as error:
+            raise UserError(f"{folder} is no stage checkpoint: {error}") from error
+        if not isinstance(facts[-1], dict):
+            raise UserError(f"{folder} is no stage checkpoint: {name} is no JSON object")
+    return tuple(facts)
+
+
 def open_stage(cfg, checkpoint: str) -> Stage:
     """Loads the base model and the stage checkpoint `checkpoint`, a folder, or "base" for none.
 
@@ -211,8 +248,7 @@ def open_stage(cfg, checkpoint: str) -> Stage:
     folder, facts = Path(checkpoint), {}
     if checkpoint != BASE:
         try:
-            facts = json.loads((folder / "ds_lora.json").read_text(encoding="utf-8"))
-            peft = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            facts, peft = read_facts(folder)
             cfg = dataclasses.replace(
                 cfg,
                 lora_r=facts["r"],
@@ -220,19 +256,20 @@ def open_stage(cfg, checkpoint: str) -> Stage:
                 lora_target_modules=peft["target_modules"],
                 num_frozen_layers=min(peft["layers_to_transform"]),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (UserError, ValueError, KeyError, TypeError) as error:
+            fault = str(error) if isinstance(error, UserError) else repr(error)
             raise UserError(
-                f"--checkpoint {folder} is no stage checkpoint ({error!r}): give a folder such as "
+                f"--checkpoint {folder}: {'; '.join(fault.splitlines())}: give a folder such as "
                 f"checkpoints/seq_{cfg.task_order[-1]}, or base"
             ) from error
-    check_model(cfg)
+    config = check_model(cfg)
     about = describe_base(cfg)
     known = {key: facts[key] for key in about if key in facts}
     if differing := differences(known, {key: about[key] for key in known}):
         raise UserError(f"--checkpoint {folder} has another base model ({differing}): give its own")
     device = select_device(cfg.device)
     model = inject(cfg, load_model(cfg, device))
-    passes = Passes(cfg, model, load_tokenizer(cfg), device, StopSignals())
+    passes = Passes(cfg, model, load_tokenizer(cfg, config), device, StopSignals())
     stage = Stage(BASE, cfg, passes)
     if checkpoint != BASE:
         stage.take_up(folder)

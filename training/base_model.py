@@ -4,7 +4,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
-import re
+import pickle
 import subprocess
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from configs.command_line import (
     processes_here,
     shows_progress,
 )
+from training.model_files import check_folder, unfit_config, unfit_tokenizer
 from training.saving import file_sha256
 
 # Of glibc's malloc.h.
@@ -103,7 +104,7 @@ def _location(cfg) -> dict:
     path = Path(cfg.model_name)
     if path.suffix != ".gguf":
         return {"pretrained_model_name_or_path": cfg.model_name}
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"--model_name {path}: there is no such file")
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {path.name} needs the gguf package: pip install gguf")
@@ -118,8 +119,16 @@ def _explain(cfg, error: Exception) -> UserError:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
     name = cfg.model_name
-    if Path(name).exists():
-        return UserError(f"--model_name {name}: {str(error).splitlines()[0]}")
+    if isinstance(error, pickle.UnpicklingError):
+        return UserError(
+            f"--model_name {name}: its .bin weights are damaged or hold more than numbers; give a "
+            "model with .safetensors"
+        )
+    # Only an OSError can be the hub's.
+    if os.path.exists(name) or not isinstance(error, OSError):
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        return UserError(f"--model_name {name}: it cannot be used ({kind}{reason})")
     if any(isinstance(cause, EntryNotFoundError) for cause in causes):
         fault = "has no config.json on the hub: it is no transformers model"
     elif any(isinstance(cause, GatedRepoError) for cause in causes):
@@ -139,12 +148,43 @@ def _explain(cfg, error: Exception) -> UserError:
     )
 
 
+def _loaded(cfg, load, **arguments):
+    """What `load` makes of the base model's files; `UserError` for whatever it raises.
+
+    Whoever wrote these files, and transformers says what is wrong with them in many kinds of
+    exception: KeyError for an unknown activation, RuntimeError for a shape.
+    """
+    try:
+        return load(**arguments)
+    except (MemoryError, torch.OutOfMemoryError, SafetensorError):
+        raise
+    except Exception as error:
+        raise _explain(cfg, error) from error
+
+
+def _check_files(cfg) -> None:
+    """Raises `UserError` where a file of a local model folder cannot be what its name says."""
+    try:
+        if os.path.isdir(cfg.model_name):
+            check_folder(cfg.model_name)
+    except SafetensorError as error:
+        raise _unreadable_weights(cfg, error) from error
+    except ValueError as error:
+        raise UserError(f"--model_name {cfg.model_name}: {error}; get the model anew") from error
+
+
+def _unreadable_weights(cfg, error: SafetensorError) -> UserError:
+    return UserError(
+        f"--model_name {cfg.model_name}: its weights cannot be read ({error}); get them anew"
+    )
+
+
 def _ask_hub(name: str) -> None:
     """Raises what the hub says to a model that is neither a local path nor in the cache.
 
     Asked once: `from_pretrained` would try an unreachable hub for half a minute.
     """
-    if Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if os.path.exists(name) or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
@@ -167,16 +207,14 @@ def check_model(cfg):
             f"--quantization {cfg.quantization} needs bitsandbytes: pip install bitsandbytes"
         )
     location = _location(cfg)
+    _check_files(cfg)
     try:
         _ask_hub(cfg.model_name)
-        config = AutoConfig.from_pretrained(**location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _explain(cfg, error) from error
-    kinds = config.architectures or []
-    if kinds and not any(
-        re.search("CausalLM|LMHead|ConditionalGeneration", kind) for kind in kinds
-    ):
-        raise UserError(f"--model_name {cfg.model_name}: {kinds[0]} is no causal language model")
+    config = _loaded(cfg, AutoConfig.from_pretrained, **location, trust_remote_code=False)
+    if fault := unfit_config(config):
+        raise UserError(f"--model_name {cfg.model_name}: {fault}")
     text = config.get_text_config()
     layers, positions = text.num_hidden_layers, getattr(text, "max_position_embeddings", None)
     problems = []
@@ -192,21 +230,24 @@ def check_model(cfg):
 
 def load_model_and_tokenizer(cfg, device: torch.device):
     """(model in eval mode on `device`, tokenizer with a pad token); see `load_model`."""
-    check_model(cfg)
-    return load_model(cfg, device), load_tokenizer(cfg)
+    config = check_model(cfg)
+    return load_model(cfg, device), load_tokenizer(cfg, config)
 
 
-def load_tokenizer(cfg):
-    """The base model's tokenizer, with a pad token; `UserError` where it has no eos token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**_location(cfg), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _explain(cfg, error) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"--model_name {cfg.model_name}: its tokenizer has no eos token, which ends a response"
-        )
-    if tokenizer.pad_token_id is None:
+def load_tokenizer(cfg, config):
+    """The base model's tokenizer, with a pad token that the model knows.
+
+    Args:
+        config: the model's, from `check_model`.
+
+    Raises `UserError` where it has no eos token, or makes tokens that the model does not know.
+    """
+    place = _location(cfg)
+    tokenizer = _loaded(cfg, AutoTokenizer.from_pretrained, **place, trust_remote_code=False)
+    size = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    if fault := unfit_tokenizer(tokenizer, size):
+        raise UserError(f"--model_name {cfg.model_name}: its tokenizer {fault}")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     # Under a causal mask padding on the right needs no attention mask.
     tokenizer.padding_side = "right"
@@ -235,7 +276,9 @@ def load_model(cfg, device: torch.device):
     if not shows_progress():
         transformers_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _loaded(
+            cfg,
+            AutoModelForCausalLM.from_pretrained,
             **_location(cfg),
             trust_remote_code=False,
             output_loading_info=True,
@@ -244,12 +287,8 @@ def load_model(cfg, device: torch.device):
             device_map={"": device},
             quantization_config=_quantization(cfg, dtype),
         )
-    except (OSError, ValueError) as error:
-        raise _explain(cfg, error) from error
     except SafetensorError as error:
-        raise UserError(
-            f"--model_name {cfg.model_name}: its weights cannot be read ({error}); get them anew"
-        ) from error
+        raise _unreadable_weights(cfg, error) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--model_name {cfg.model_name} in {dtype} does not fit {device}: give --quantization "
@@ -272,10 +311,14 @@ def _reuse_freed_memory() -> None:
             mallopt(threshold, 2**30)
 
 
-def skeleton(config):
-    """The model of this configuration without weights, on the meta device."""
+def skeleton(cfg, config):
+    """The model of the configuration `config` without weights, on the meta device.
+
+    Raises `UserError` where it makes none.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        load = AutoModelForCausalLM.from_config
+        return _loaded(cfg, load, config=config, trust_remote_code=False)
 
 
 def model_dtype(cfg, device: torch.device) -> torch.dtype:

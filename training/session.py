@@ -221,13 +221,13 @@ def set_up(cfg, run_name: str, tasks: list[str]):
             raise NothingToDo(
                 f"this run is finished: see {cfg.log_dir}; --overwrite true does it again"
             )
-        tokenizer = load_tokenizer(cfg)
+        tokenizer = load_tokenizer(cfg, model_config)
         checks = [
             partial(prepare_task, cfg, tokenizer, *pair) for pair in zip(tasks, rows, strict=True)
         ]
         data = dict(zip(tasks, all_succeed(checks), strict=True))
         # The branches, without weights: what is wrong with them shows before a model is loaded.
-        (plan,) = all_succeed([lambda: inject(cfg, skeleton(model_config))])
+        (plan,) = all_succeed([lambda: inject(cfg, skeleton(cfg, model_config))])
         all_succeed([partial(check_disk, cfg, plan, len(tasks))] if is_first() else [])
         if cfg.dry_run:
             report_plan(cfg, plan, data, device, saved and saved[0])
