@@ -113,7 +113,10 @@ class Stage:
         What its training decided goes into the configuration: method, order of the tasks and
         held-out share. Raises `UserError`, and stays what it was, where it does not fit.
         """
-        facts, _ = read_facts(folder)
+        try:
+            facts, _ = read_facts(folder)
+        except ValueError as error:
+            raise UserError(f"{folder} is no stage checkpoint ({error})") from error
         known = {name: facts[name] for name in DECIDED_IN_TRAINING if name in facts}
         try:
             cfg = dataclasses.replace(self.cfg, **known, save_dir=str(folder.parent))
@@ -121,7 +124,7 @@ class Stage:
             raise UserError(f"{folder / 'ds_lora.json'}: {error}") from error
         # A file is run by who names it, not by who made the checkpoint.
         if cfg.method not in (*METHODS, self.cfg.method):
-            raise UserError(f"{folder} was trained by --method {cfg.method}: give the same here")
+            raise UserError(f"{folder} was trained by --method {cfg.method!r}: give the same here")
         then = dataclasses.replace(
             self, name=folder.name.removeprefix("seq_"), cfg=cfg, router=Router()
         )
@@ -147,7 +150,8 @@ class Stage:
                 wanted = ", ".join(self.seen or tasks)
                 raise ValueError(f"it knows the tasks {', '.join(found)}, not {wanted}")
         except ValueError as error:
-            raise UserError(f"{path} does not fit ({error}): put the stage's own back") from error
+            fault = f"its router does not fit ({error}): put the stage's own back"
+            raise UserError(f"{path.parent}: {fault}") from error
 
 
 @contextlib.contextmanager
@@ -227,16 +231,11 @@ def evaluate_reading(stage: Stage, reading: str, task: str) -> tuple[dict, dict[
 
 
 def read_facts(folder: Path) -> tuple[dict, dict]:
-    """What ds_lora.json and adapter_config.json of a checkpoint say; `UserError` without them."""
-    facts = []
-    for name in ("ds_lora.json", "adapter_config.json"):
-        try:
-            facts.append(read_json(folder / name))
-        except ValueError as error:
-            raise UserError(f"{folder} is no stage checkpoint: {error}") from error
-        if not isinstance(facts[-1], dict):
-            raise UserError(f"{folder} is no stage checkpoint: {name} is no JSON object")
-    return tuple(facts)
+    """What ds_lora.json and adapter_config.json of a checkpoint say; ValueError without them."""
+    facts = tuple(read_json(folder / name) for name in ("ds_lora.json", "adapter_config.json"))
+    if not all(isinstance(of_file, dict) for of_file in facts):
+        raise ValueError("ds_lora.json or adapter_config.json is no JSON object")
+    return facts
 
 
 def open_stage(cfg, checkpoint: str) -> Stage:
@@ -257,10 +256,10 @@ def open_stage(cfg, checkpoint: str) -> Stage:
                 num_frozen_layers=min(peft["layers_to_transform"]),
             )
         except (UserError, ValueError, KeyError, TypeError) as error:
-            fault = str(error) if isinstance(error, UserError) else repr(error)
+            fault = repr(error) if isinstance(error, KeyError | TypeError) else str(error)
             raise UserError(
-                f"--checkpoint {folder}: {'; '.join(fault.splitlines())}: give a folder such as "
-                f"checkpoints/seq_{cfg.task_order[-1]}, or base"
+                f"--checkpoint {folder} is no stage checkpoint ({'; '.join(fault.splitlines())}): "
+                f"give a folder such as checkpoints/seq_{cfg.task_order[-1]}, or base"
             ) from error
     config = check_model(cfg)
     about = describe_base(cfg)

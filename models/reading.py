@@ -101,7 +101,7 @@ def read_safetensors(path: str | Path, most_numbers: int) -> dict[str, torch.Ten
     try:
         return load(read_bytes(path, HEADER_BYTES + 8 * most_numbers))
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r})") from error
+        raise ValueError(f"{path} cannot be read ({error})") from error
 
 
 def tensor_problems(

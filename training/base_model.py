@@ -126,7 +126,12 @@ def _explain(cfg, error: Exception) -> UserError:
         )
     # Only an OSError can be the hub's.
     if os.path.exists(name) or not isinstance(error, OSError):
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        first, *more = str(error).strip().splitlines() or ["no reason given"]
+        reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
+        if "ignore_mismatched_sizes" in reason:
+            return UserError(
+                f"--model_name {name}: its weights have not the shapes that its config.json says"
+            )
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         return UserError(f"--model_name {name}: it cannot be used ({kind}{reason})")
     if any(isinstance(cause, EntryNotFoundError) for cause in causes):
