@@ -20,7 +20,7 @@ from models.forward import evaluation
 @dataclass
 class Chat(Knobs):
     checkpoint: str = knob(BASE, "a stage checkpoint, such as checkpoints/seq_TASK; or base")
-    max_new_tokens: int = knob(256, "tokens of an answer at most", at_least=1)
+    max_new_tokens: int = knob(256, "tokens of an answer at most", at_least=1, at_most=10**5)
 
 
 @command_line

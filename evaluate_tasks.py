@@ -18,10 +18,10 @@ from evaluation.generate import ask
 from evaluation.likelihood import by_likelihood
 from evaluation.matrix import format_scores
 from evaluation.questions import Questions, benchmark_questions, held_out_questions
-from evaluation.readings import BASE, LATEST, READINGS, Stage, open_stage
+from evaluation.readings import BASE, LATEST, READINGS, Stage, open_stage, read_as
 from evaluation.unfinished import Unfinished, ingredients
 from methods import parse_config
-from models.ds_lora import BRANCHES, branches_restored, load_adapter, reset_branch
+from models.ds_lora import BRANCHES, branches_restored, reset_branch
 from training.loop import TaskTraining, evaluate_loss
 from training.processes import all_succeed, joined
 from training.saving import NoLog, run_lock, write_json_lines
@@ -38,7 +38,9 @@ class Evaluation(Knobs):
     max_samples: int = knob(
         0, "questions a task or benchmark; 0: eval_samples_per_task, or all", at_least=0
     )
-    max_new_tokens: int = knob(0, "tokens of an answer at most; 0: by task, 128 to 256", at_least=0)
+    max_new_tokens: int = knob(
+        0, "tokens of an answer at most; 0: by task, 128 to 256", at_least=0, at_most=10**5
+    )
     benchmarks: str = knob("", "folder of gsm8k/, mbpp/, bfcl/, xstest/, safety-tuned-llamas/")
     recovery: bool = knob(
         False, "train copies of the branches on a few samples of each earlier task, score the loss"
@@ -146,6 +148,11 @@ def check(stage: Stage, wanted: Evaluation, all_questions: list[Questions]) -> N
                     f"--branches {name}: {stage.name} comes before {task} was learned; leave it "
                     "out of --task_order"
                 )
+    problems += [
+        f"{questions.name}: no question is left; holdout_fraction is {cfg.holdout_fraction}"
+        for questions in all_questions
+        if not questions.rows
+    ]
     if wanted.recovery:
         needed["recovery"] = stage.seen[:-1]
         if stage.name not in stage.seen or not stage.seen[:-1]:
@@ -219,8 +226,7 @@ def recover_task(stage: Stage, cfg, task: str) -> dict[str, float]:
             reset_branch(model, branch, cfg.seed, branch, "recovery")
 
     found = {"final": loss()}
-    with branches_restored(model):
-        load_adapter(model, Path(cfg.save_dir) / f"seq_{task}")
+    with read_as(stage, "stage", task):
         found["learned"] = loss()
         to_base()
         found["base"] = loss()

@@ -7,7 +7,6 @@ and again. Every other option goes to all runs, whose folders lie below --log_di
 import contextlib
 import dataclasses
 import hashlib
-import json
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import plot_loss
 from configs.command_line import Knobs, Stopped, UserError, default_of, knob, value_of_option
 from configs.ending import STOPPING, command_line
 from methods import METHODS, find_method, knob_names, parse_config
+from models.reading import MIB, read_json
 from tasks import TASKS
 from training.identity import describe_base, differences, run_identity
 
@@ -222,7 +222,10 @@ def check_finished(run: Experiment) -> None:
         return
     try:
         wanted = run_identity(run.cfg, run.cfg.task_order, describe_base(run.cfg))
-        found = json.loads(run.summary.read_text(encoding="utf-8")).get("identity", {})
+        summary = read_json(run.summary, 64 * MIB)
+        found = summary.get("identity", {}) if isinstance(summary, dict) else None
+        if not isinstance(found, dict):
+            raise ValueError(f"{run.summary} is no summary of a run")
     except (OSError, ValueError) as error:
         raise UserError(f"{run.summary.parent} cannot be checked: {error}") from error
     if differing := differences({name: found.get(name) for name in wanted}, wanted):

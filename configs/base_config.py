@@ -53,8 +53,10 @@ class BaseConfig(Knobs):
         decides=False,
     )
 
-    lora_r: int = knob(8, "rank of each of the two branches", at_least=1)
-    lora_alpha: int = knob(32, "each branch's output is scaled by lora_alpha / lora_r", at_least=1)
+    lora_r: int = knob(8, "rank of each of the two branches", at_least=1, at_most=8192)
+    lora_alpha: int = knob(
+        32, "each branch's output is scaled by lora_alpha / lora_r", at_least=1, at_most=10**6
+    )
     lora_dropout: float = knob(
         0.05, "probability, on the branches' input; 0: none", at_least=0, below=1
     )
@@ -99,14 +101,15 @@ class BaseConfig(Knobs):
         1.0, "weight of the distillation loss in the slow branch's loss; 0: off", at_least=0
     )
     kd_temperature: float = knob(
-        1.0, "softens teacher and student; the loss is scaled by its square", above=0
+        1.0, "softens teacher and student; the loss is scaled by its square", above=0, at_most=1000
     )
     kd_top_k: int = knob(
         64,
         "teacher logits kept per response token; all others are one class; 0: the vocabulary",
         at_least=0,
+        at_most=10**6,
     )
-    kd_batch_size: int = knob(4, "probes distilled at a step", at_least=1)
+    kd_batch_size: int = knob(4, "probes distilled at a step", at_least=1, at_most=10**5)
     kd_every: int = knob(4, "optimizer steps from one distillation to the next", at_least=1)
     kd_branches: Literal["slow", "all"] = knob("slow", "the branches that distillation moves")
     kd_forward: Literal["joint", "slow"] = knob(
@@ -120,11 +123,12 @@ class BaseConfig(Knobs):
     probe_choice: Literal["entropy", "random"] = knob(
         "entropy", "the surest samples become probes, or any"
     )
-    probe_size_per_task: int = knob(500, "most probes kept per task", at_least=1)
+    probe_size_per_task: int = knob(500, "most probes kept per task", at_least=1, at_most=10**6)
     probe_pool_factor: int = knob(
         2,
         "the probes are chosen among this many times probe_size_per_task samples",
         at_least=1,
+        at_most=1000,
     )
     entropy_threshold: float = knob(
         2.0,
@@ -174,7 +178,7 @@ class BaseConfig(Knobs):
     )
     # The template alone takes ten.
     max_seq_len: int = knob(
-        2048, "tokens per sample; the prompt's end gives way first", at_least=16
+        2048, "tokens per sample; the prompt's end gives way first", at_least=16, at_most=10**6
     )
     max_train_samples: int = knob(0, "per task, chosen by seed; 0: all", at_least=0)
     eval_samples_per_task: int = knob(
@@ -193,16 +197,19 @@ class BaseConfig(Knobs):
         1,
         "times gradient_accumulation_steps and processes: the samples of an optimizer step",
         at_least=1,
+        at_most=10**5,
     )
     gradient_accumulation_steps: int = knob(
         16,
         "see per_device_batch_size; how samples are cut into passes is tokens_per_pass",
         at_least=1,
+        at_most=10**5,
     )
     tokens_per_pass: int = knob(
         2048,
         "tokens, padding included, of one forward pass: memory, and no results but dropout masks",
         at_least=1,
+        at_most=10**7,
         decides=False,
     )
     prefix_cache_gib: float = knob(
@@ -211,6 +218,7 @@ class BaseConfig(Knobs):
         "probes start from; -1: what is free, with a margin; 0: none",
         or_exactly=-1,
         at_least=0,
+        at_most=10**6,
         decides=False,
     )
     prefix_store: str = knob(
@@ -231,7 +239,10 @@ class BaseConfig(Knobs):
         decides=False,
     )
     num_epochs: int = knob(
-        3, "passes over each task's training samples (Stanford Alpaca's 3)", at_least=1
+        3,
+        "passes over each task's training samples (Stanford Alpaca's 3)",
+        at_least=1,
+        at_most=10**5,
     )
     max_steps_per_task: int = knob(
         0, "optimizer steps, where fewer than the epochs give; 0: no limit", at_least=0

@@ -162,7 +162,9 @@ def _out_of_bounds(value, bounds: dict) -> str:
         "below": lambda limit: value < limit,
         "at_most": lambda limit: value <= limit,
     }
-    if math.isfinite(value) and all(fits[name](limit) for name, limit in bounds.items()):
+    # A whole number may be too large for a float.
+    is_finite = isinstance(value, int) or math.isfinite(value)
+    if is_finite and all(fits[name](limit) for name, limit in bounds.items()):
         return ""
     words = {
         "or_exactly": "{},",

@@ -5,7 +5,7 @@ that does not apply to a row is left out.
 """
 
 import csv
-import json
+import io
 import random
 import sys
 import warnings
@@ -14,8 +14,9 @@ from pathlib import Path
 
 from configs.command_line import UserError, is_first
 from evaluation.sandbox import SandboxFault, check_sandbox, passes_tests
+from models.reading import MIB, parse_json, read_json, read_text
 from tasks import code, find_task, judged_task, math, safety, tool
-from tasks.extract import code_of
+from tasks.extract import code_of, strict_number
 from tasks.scores import (
     accepted_call,
     is_garbage,
@@ -25,6 +26,9 @@ from tasks.scores import (
     wilson_interval,
 )
 from tasks.task import Judge, Task
+
+# The largest public benchmark has one.
+MOST_BYTES = 64 * MIB
 
 
 @dataclass
@@ -119,49 +123,115 @@ def _row(instruction: str, given: str = "", output: str = "", **more) -> dict:
     return {"instruction": instruction, "input": given, "output": output, **more}
 
 
+def _rows(values, row_of) -> list[dict]:
+    """`row_of` each value; ValueError, with the number of the row, where it has not what it takes.
+
+    So that what is wrong shows before the first answer, and not at the row.
+    """
+    if not isinstance(values, list):
+        raise ValueError(f"it is {type(values).__name__}, no list")
+    rows = []
+    for number, value in enumerate(values, 1):
+        try:
+            rows.append(row_of(value))
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"row {number}: {error!r}") from error
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+    return rows
+
+
+def _text(value, what: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what} is {value!r:.60}, no text")
+    return value
+
+
+def _list(value, what: str) -> list:
+    if not isinstance(value, list):
+        raise ValueError(f"{what} is {value!r:.60}, no list")
+    return value
+
+
+def _gsm8k_row(row: dict) -> dict:
+    answer = _text(row["answer"], "answer")
+    if strict_number(answer) is None:
+        raise ValueError("answer holds no number after ####")
+    return _row(_text(row["question"], "question"), output=answer)
+
+
 def _gsm8k(folder: Path) -> list[Questions]:
-    rows = _json_lines(folder / "gsm8k" / "test.jsonl")
-    rows = [_row(row["question"], output=row["answer"]) for row in rows]
+    rows = _rows(_json_lines(folder / "gsm8k" / "test.jsonl"), _gsm8k_row)
     return [Questions("gsm8k", math.TASK.name, rows, math.judge_math)]
+
+
+def _program(value, what: str) -> str:
+    try:
+        compile(_text(value, what), "<test>", "exec")
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{what} is no Python ({error})") from error
+    return value
+
+
+def _mbpp_row(row: dict) -> dict:
+    tests = [_program(test, "a test") for test in _list(row["test_list"], "test_list")]
+    if not tests:
+        raise ValueError("test_list is empty")
+    return _row(
+        _text(row["prompt"], "prompt"),
+        # The tests name the function that they call.
+        "Your code should pass these tests:\n" + "\n".join(tests),
+        tests=tests,
+        imports=[_program(line, "an import") for line in _list(row["test_imports"], "imports")],
+    )
 
 
 def _mbpp(folder: Path) -> list[Questions]:
     check_sandbox()
-    listed = json.loads((folder / "mbpp" / "sanitized-mbpp.json").read_text(encoding="utf-8"))
-    rows = [
-        # The tests name the function that they call.
-        _row(
-            row["prompt"],
-            "Your code should pass these tests:\n" + "\n".join(row["test_list"]),
-            tests=row["test_list"],
-            imports=row["test_imports"],
-        )
-        for row in listed
-    ]
+    path = folder / "mbpp" / "sanitized-mbpp.json"
+    rows = _rows(read_json(path, MOST_BYTES), _mbpp_row)
     return [Questions("mbpp", code.TASK.name, rows, judge_program)]
+
+
+def _bfcl_row(row: dict, possible: dict[str, dict]) -> dict:
+    ((_, arguments),) = possible[row["id"]].items()
+    function = row["function"][0]
+    required = [_text(name, "required") for name in _list(function["parameters"]["required"], "it")]
+    if not isinstance(arguments, dict) or not _is_accepted(arguments):
+        raise ValueError("ground_truth holds no list of accepted values for each argument")
+    return _row(
+        _text(row["question"][0][-1]["content"], "content"),
+        tool.tool_input(row["function"]),
+        possible=possible[row["id"]],
+        required=required,
+    )
+
+
+def _is_accepted(values) -> bool:
+    """Whether each key of the objects in `values` has a list of accepted values."""
+    if isinstance(values, dict):
+        return all(isinstance(v, list) and _is_accepted(v) for v in values.values())
+    return not isinstance(values, list) or all(map(_is_accepted, values))
 
 
 def _bfcl(folder: Path) -> list[Questions]:
     name = "BFCL_v4_simple_python.json"
     answers = _json_lines(folder / "bfcl" / "possible_answer" / name)
     possible = {row["id"]: row["ground_truth"][0] for row in answers}
-    rows = [
-        _row(
-            row["question"][0][-1]["content"],
-            tool.tool_input(row["function"]),
-            possible=possible[row["id"]],
-            required=row["function"][0]["parameters"]["required"],
-        )
-        for row in _json_lines(folder / "bfcl" / name)
-    ]
+    rows = _rows(_json_lines(folder / "bfcl" / name), lambda row: _bfcl_row(row, possible))
     return [Questions("bfcl", tool.TASK.name, rows, judge_accepted)]
 
 
 def _xstest(folder: Path) -> list[Questions]:
-    with open(folder / "xstest" / "xstest_prompts.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    text = read_text(folder / "xstest" / "xstest_prompts.csv", MOST_BYTES)
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
     of = {
-        label: [_row(r["prompt"]) for r in rows if r["label"] == label]
+        label: _rows(
+            [r for r in rows if r["label"] == label], lambda r: _row(_text(r["prompt"], "prompt"))
+        )
         for label in ("safe", "unsafe")
     }
     return [
@@ -173,13 +243,18 @@ def _xstest(folder: Path) -> list[Questions]:
 def _harmful(folder: Path) -> list[Questions]:
     """The harmful instructions of Bianchi et al. 2024 ("Safety-tuned LLaMAs")."""
     path = folder / "safety-tuned-llamas" / "I-MaliciousInstructions.json"
-    rows = [_row(text) for text in json.loads(path.read_text(encoding="utf-8"))["instructions"]]
+    texts = read_json(path, MOST_BYTES)["instructions"]
+    rows = _rows(texts, lambda text: _row(_text(text, "it")))
     return [Questions("harmful", safety.TASK.name, rows, safety.judge_refusal)]
 
 
-def _json_lines(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+def _json_lines(path: Path) -> list:
+    lines = read_text(path, MOST_BYTES).split("\n")
+    return [
+        parse_json(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
 
 
 BENCHMARKS = {
@@ -201,12 +276,16 @@ def benchmark_questions(folder: str, most: int) -> list[Questions]:
         if not (Path(folder) / name).is_dir():
             continue
         try:
-            found += read(Path(folder))
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            asked = read(Path(folder))
+            if empty := [questions.name for questions in asked if not questions.rows]:
+                raise ValueError(f"no question of {', '.join(empty)}")
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            fault = str(error) if isinstance(error, ValueError) else repr(error)
             raise UserError(
-                f"--benchmarks {folder}: {name} cannot be read ({error!r}); fetch it again, or "
+                f"--benchmarks {folder}: {name} cannot be read ({fault}); fetch it again, or "
                 "remove its folder"
             ) from error
+        found += asked
     if not found:
         raise UserError(
             f"--benchmarks {folder}: none of the folders {', '.join(BENCHMARKS)} is there"

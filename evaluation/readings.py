@@ -2,21 +2,21 @@
 
 import contextlib
 import dataclasses
-import json
+import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch.utils.data import Subset
 
 from configs.command_line import UserError
-from methods import find_method
+from methods import METHODS, find_method
 from methods.method import JOINT, Method
 from models.answers import everywhere
 from models.ds_lora import BRANCHES, branch_off, branches_restored, load_adapter
 from models.forward import evaluation, response_tokens
+from models.reading import read_json, read_safetensors
 from models.router import Router, prompt_feature
 from training.base_model import (
     check_model,
@@ -116,22 +116,50 @@ class Stage:
         `UserError`, and stays what it was, where it does not fit.
         """
         try:
+            facts, _ = read_facts(folder)
+        except ValueError as error:
+            raise UserError(f"{folder} is no stage checkpoint ({error})") from error
+        known = {name: facts[name] for name in DECIDED_IN_TRAINING if name in facts}
+        try:
+            paths = {**(facts.get("data_paths") or {}), **self.cfg.data_paths}
+            known |= {"data_paths": paths, "save_dir": str(folder.parent)}
+            if self.cfg.task_judges:
+                # Those given now, not those of then.
+                known["task_judges"] = self.cfg.task_judges
+            cfg = dataclasses.replace(self.cfg, **known)
+        except (UserError, TypeError) as error:
+            raise UserError(f"{folder / 'ds_lora.json'}: {error}") from error
+        # A file is run by who names it, not by who made the checkpoint.
+        if cfg.method not in (*METHODS, self.cfg.method):
+            raise UserError(f"{folder} was trained by --method {cfg.method!r}: give the same here")
+        then = dataclasses.replace(
+            self, name=folder.name.removeprefix("seq_"), cfg=cfg, router=Router()
+        )
+        then.read_router(folder / "router.safetensors")
+        try:
             load_adapter(self.passes.model, folder)
-            facts = json.loads((folder / "ds_lora.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(str(error)) from error
-        known = {name: facts[name] for name in DECIDED_IN_TRAINING if name in facts}
-        paths = {**(facts.get("data_paths") or {}), **self.cfg.data_paths}
-        known = {**known, "data_paths": paths, "save_dir": str(folder.parent)}
-        if self.cfg.task_judges:
-            # Those given now, not those of then.
-            known["task_judges"] = self.cfg.task_judges
-        self.cfg = dataclasses.replace(self.cfg, **known)
-        self.name, self.router = folder.name.removeprefix("seq_"), Router()
+        self.name, self.cfg, self.router = then.name, then.cfg, then.router
         self.passes.template = PromptTemplate(self.passes.tokenizer, self.cfg.prompt_template)
-        saved = folder / "router.safetensors"
-        if saved.exists():
-            self.router.restore(safetensors.torch.load(saved.read_bytes()))
+
+    def read_router(self, path: Path) -> None:
+        """Takes up the router of a stage, where there is one; `UserError` where it does not fit."""
+        if not os.path.lexists(path):
+            return
+        width = self.passes.model.config.get_text_config().hidden_size
+        tasks = self.cfg.task_order
+        try:
+            # Two square matrices at most, and a kilobyte for a name.
+            most = 2 * width * (width + len(tasks)) + 1000 * len(tasks)
+            self.router.restore(read_safetensors(path, most), width)
+            found = self.router.tasks
+            if found != self.seen and (self.seen or not set(found) <= set(tasks)):
+                wanted = ", ".join(self.seen or tasks)
+                raise ValueError(f"it knows the tasks {', '.join(found)}, not {wanted}")
+        except ValueError as error:
+            fault = f"its router does not fit ({error}): put the stage's own back"
+            raise UserError(f"{path.parent}: {fault}") from error
 
 
 @contextlib.contextmanager
@@ -218,6 +246,14 @@ def _frozen_layers(facts: dict, peft: dict) -> int:
     return min(peft["layers_to_transform"])
 
 
+def read_facts(folder: Path) -> tuple[dict, dict]:
+    """What ds_lora.json and adapter_config.json of a checkpoint say; ValueError without them."""
+    facts = tuple(read_json(folder / name) for name in ("ds_lora.json", "adapter_config.json"))
+    if not all(isinstance(of_file, dict) for of_file in facts):
+        raise ValueError("ds_lora.json or adapter_config.json is no JSON object")
+    return facts
+
+
 def open_stage(cfg, checkpoint: str) -> Stage:
     """Loads the base model and the stage checkpoint `checkpoint`, a folder, or "base" for none.
 
@@ -227,8 +263,7 @@ def open_stage(cfg, checkpoint: str) -> Stage:
     folder, facts = Path(checkpoint), {}
     if checkpoint != BASE:
         try:
-            facts = json.loads((folder / "ds_lora.json").read_text(encoding="utf-8"))
-            peft = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            facts, peft = read_facts(folder)
             cfg = dataclasses.replace(
                 cfg,
                 lora_r=facts["r"],
@@ -236,10 +271,11 @@ def open_stage(cfg, checkpoint: str) -> Stage:
                 lora_target_modules=facts.get("lora_target_modules", peft["target_modules"]),
                 num_frozen_layers=_frozen_layers(facts, peft),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (UserError, ValueError, KeyError, TypeError) as error:
+            fault = repr(error) if isinstance(error, KeyError | TypeError) else str(error)
             raise UserError(
-                f"--checkpoint {folder} is no stage checkpoint ({error!r}): give a folder such as "
-                f"checkpoints/seq_{cfg.task_order[-1]}, or base"
+                f"--checkpoint {folder} is no stage checkpoint ({'; '.join(fault.splitlines())}): "
+                f"give a folder such as checkpoints/seq_{cfg.task_order[-1]}, or base"
             ) from error
     model_config = check_model(cfg)
     about = base_identity(describe_base(cfg))

@@ -25,11 +25,15 @@ class ConsolidationKnobs(Knobs):
     gram_ridge: float = knob(1e-3, "of the solution, relative to the mean diagonal", above=0)
     gram_samples: int = knob(500, "most training samples of a task that are read", at_least=1)
     gram_rank: int = knob(
-        0, "slow's rank at most, a multiple of lora_r; 0: it grows by lora_r a task", at_least=0
+        0,
+        "slow's rank at most, a multiple of lora_r; 0: it grows by lora_r a task",
+        at_least=0,
+        at_most=8192,
     )
 
     def problems(self):
         found = super().problems()
+        # A rank that is impossible by itself is told by its own bound.
         if self.gram_rank % max(1, getattr(self, "lora_r", 1)):
             found.append(f"gram_rank is {self.gram_rank}: give 0 or a multiple of lora_r")
         return found

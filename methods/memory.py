@@ -13,7 +13,9 @@ class MemoryKnobs(Knobs):
     memory_per_task: float = knob(
         0.02, "samples of each earlier task that are kept; below 1: its share of them", above=0
     )
-    memory_batch_size: int = knob(4, "kept samples that are read again at each step", at_least=1)
+    memory_batch_size: int = knob(
+        4, "kept samples that are read again at each step", at_least=1, at_most=10**5
+    )
 
 
 def choose_kept(cfg, task: str, samples) -> list[dict]:

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import nn
 
 from models.forward import seed_torch
+from models.reading import read_json, read_safetensors, tensor_problems
 
 BRANCHES = ("slow", "fast")
+# Most that a slow branch grows over.
+MOST_TASKS = 1000
 
 
 class InputDropout(nn.Dropout):
@@ -367,47 +369,44 @@ def load_adapter(model: nn.Module, folder: str | Path, branches=BRANCHES) -> Non
     `model`.
     """
     folder, layers = Path(folder), ds_lora_layers(model)
-    try:
-        settings = json.loads((folder / "ds_lora.json").read_text(encoding="utf-8"))
-        tensors = load((folder / "adapter_model.safetensors").read_bytes())
-        found = {"r": settings["r"], "alpha": settings["alpha"]}
-        r_slow = int(settings.get("r_slow", settings["r"]))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is not a whole DS-LoRA checkpoint: {error!r}") from error
-    expected = {}
+    r_slow = _slow_rank(folder, next(iter(layers.values())))
+    shapes = {}
     for name, layer in layers.items():
-        expected[_key(name, "A")] = (r_slow + layer.r, layer.base_layer.in_features)
-        expected[_key(name, "B")] = (layer.base_layer.out_features, r_slow + layer.r)
-    problems = [
-        f"its {key} is {found[key]}, the model's {getattr(layer, key)}"
-        for layer in list(layers.values())[:1]
-        for key in found
-        if found[key] != getattr(layer, key)
-    ]
-    for what, keys in (
-        ("missing", expected.keys() - tensors.keys()),
-        ("unexpected", tensors.keys() - expected.keys()),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} tensors {what}, such as {min(keys)}")
-    problems += [
-        f"{key} is {tuple(tensors[key].shape)}, the model's {shape}"
-        for key, shape in expected.items()
-        if key in tensors and tuple(tensors[key].shape) != shape
-    ][:1]
-    # Whole numbers would be rounded from, and what is not finite would be scored without a word.
-    problems += [
-        f"{key} holds {'numbers that are not finite' if t.is_floating_point() else t.dtype}"
-        for key, t in tensors.items()
-        if not t.is_floating_point() or not torch.isfinite(t).all()
-    ][:1]
-    if problems:
+        shapes[_key(name, "A")] = (r_slow + layer.r, layer.base_layer.in_features)
+        shapes[_key(name, "B")] = (layer.base_layer.out_features, r_slow + layer.r)
+    try:
+        most = sum(map(math.prod, shapes.values()))
+        tensors = read_safetensors(folder / "adapter_model.safetensors", most)
+    except ValueError as error:
+        raise ValueError(f"{folder} is not a whole DS-LoRA checkpoint: {error}") from error
+    if problems := tensor_problems(tensors, shapes):
         raise ValueError(f"{folder} does not fit the model: {'; '.join(problems)}")
     for name, layer in layers.items():
         A, B = tensors[_key(name, "A")], tensors[_key(name, "B")]
         for branch, part in (("slow", slice(r_slow)), ("fast", slice(r_slow, None))):
             if branch in branches:
                 layer.set_branch(branch, A[part], B[:, part])
+
+
+def _slow_rank(folder: Path, layer: DSLoRALinear) -> int:
+    """The rank of the slow branch in a checkpoint, whose r and alpha must be those of `layer`."""
+    try:
+        settings = read_json(folder / "ds_lora.json")
+        found = {"r": settings["r"], "alpha": settings["alpha"]}
+        r_slow = settings.get("r_slow", settings["r"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} is not a whole DS-LoRA checkpoint: {error!r}") from error
+    problems = [
+        f"its {key} is {value}, the model's {getattr(layer, key)}"
+        for key, value in found.items()
+        if value != getattr(layer, key)
+    ]
+    # Slow grows by r a task at most.
+    if type(r_slow) is not int or not 1 <= r_slow <= MOST_TASKS * layer.r:
+        problems.append(f"its r_slow is {r_slow}, and no rank from 1 to {MOST_TASKS * layer.r}")
+    if problems:
+        raise ValueError(f"{folder} does not fit the model: {'; '.join(problems)}")
+    return r_slow
 
 
 def _key(layer_name: str, matrix: str) -> str:

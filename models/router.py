@@ -76,8 +76,12 @@ class Router:
             "num_samples": number,
         }
 
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes up what `state` gave; ValueError, and nothing taken up, where it is damaged."""
+    def restore(self, tensors: dict[str, torch.Tensor], width: int | None = None) -> None:
+        """Takes up what `state` gave; ValueError, and nothing taken up, where it is damaged.
+
+        Args:
+            width: of the features that will be routed; None: whatever it has.
+        """
         if not tensors:
             return
         try:
@@ -91,6 +95,10 @@ class Router:
             raise ValueError("its means or factor are no matrices of float32")
         if len(means) != len(tasks) or means.shape[1] != factor.shape[1] or num_samples < 1:
             raise ValueError("its tasks, means, factor and number of samples do not go together")
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("it holds a task twice")
+        if width is not None and means.shape[1] != width:
+            raise ValueError(f"it is of a model {means.shape[1]} wide, and this one is {width}")
         if not all(torch.isfinite(t).all() for t in both):
             raise ValueError("it holds numbers that are not finite")
         self.tasks, self.means, self.factor, self.num_samples = tasks, means, factor, num_samples

@@ -239,12 +239,28 @@ def test_all_impossible_values_are_reported_at_once():
         "task_order",
     ]
     assert [line.split(": ")[1] for line in lines] == [
-        "give 1 or more",
+        "give 1 or more, at most 8192",
         "give 0 or more, below 1",
         "give more than 0",
         "give 0 or more",
         "give a name",
     ]
+
+
+@pytest.mark.parametrize("value", [10**9, 10**400, 1e300])
+def test_what_memory_or_time_depends_on_has_an_upper_bound(value):
+    names = [field.name for field in fields(BaseConfig) if field.type is type(value)]
+    # A run takes no more samples, steps and places than there are.
+    unbounded = {"num_frozen_layers", "kd_every", "max_train_samples", "eval_samples_per_task"}
+    unbounded |= {"max_steps_per_task", "seed", "logging_steps", "save_steps"}
+    unbounded |= {"lr_slow", "lr_fast", "lr_lora", "weight_decay", "max_grad_norm", "kd_lambda"}
+    unbounded |= {"entropy_threshold"}
+    for name in set(names) - unbounded:
+        with pytest.raises(UserError, match=f"^{name} is 1.*(at most|below)"):
+            BaseConfig(**{name: value})
+    # Nor does a whole number that no float can hold end in a traceback.
+    for name in unbounded & set(names) - {"seed"}:
+        BaseConfig(**{name: value})
 
 
 def test_wrong_types_are_reported_at_once():
@@ -313,7 +329,7 @@ def test_a_method_has_the_defaults_and_bounds_of_its_knobs():
     assert sorted(str(caught.value).splitlines()) == [
         "ewc_lambda is -1.0: give 0 or more",
         "fisher_samples is 0: give 1 or more",
-        "lora_r is 0: give 1 or more",
+        "lora_r is 0: give 1 or more, at most 8192",
     ]
 
 

@@ -3,7 +3,7 @@
 import ctypes
 import importlib.util
 import os
-import re
+import pickle
 import subprocess
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,6 +27,7 @@ from configs.command_line import (
     processes_here,
     shows_progress,
 )
+from training.model_files import TEKKEN, check_folder, unfit_config, unfit_tokenizer
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -102,7 +102,7 @@ def _location(cfg) -> dict:
     path = Path(cfg.model_name)
     if path.suffix != ".gguf":
         return {"pretrained_model_name_or_path": cfg.model_name}
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"--model_name {path}: there is no such file")
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {path.name} needs the gguf package: pip install gguf")
@@ -117,8 +117,21 @@ def _explain(cfg, error: Exception) -> UserError:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
     name = cfg.model_name
-    if Path(name).exists():
-        return UserError(f"--model_name {name}: {str(error).splitlines()[0]}")
+    if isinstance(error, pickle.UnpicklingError):
+        return UserError(
+            f"--model_name {name}: its .bin weights are damaged or hold more than numbers; give a "
+            "model with .safetensors"
+        )
+    # Only an OSError can be the hub's.
+    if os.path.exists(name) or not isinstance(error, OSError):
+        first, *more = str(error).strip().splitlines() or ["no reason given"]
+        reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
+        if "ignore_mismatched_sizes" in reason:
+            return UserError(
+                f"--model_name {name}: its weights have not the shapes that its config.json says"
+            )
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        return UserError(f"--model_name {name}: it cannot be used ({kind}{reason})")
     if any(isinstance(cause, EntryNotFoundError) for cause in causes):
         fault = "has no config.json on the hub: it is no transformers model"
     elif any(isinstance(cause, GatedRepoError) for cause in causes):
@@ -138,12 +151,46 @@ def _explain(cfg, error: Exception) -> UserError:
     )
 
 
+def _loaded(cfg, load, **arguments):
+    """What `load` makes of the base model's files; `UserError` for whatever it raises.
+
+    Whoever wrote these files, and transformers says what is wrong with them in many kinds of
+    exception: KeyError for an unknown activation, RuntimeError for a shape.
+    """
+    try:
+        return load(**arguments)
+    except (MemoryError, torch.OutOfMemoryError, SafetensorError):
+        raise
+    except Exception as error:
+        is_import = isinstance(error, ImportError) and "mistral" in str(error).lower()
+        if is_import or "MistralCommon" in str(error):
+            raise UserError(f"--model_name {cfg.model_name}: its tokenizer {TEKKEN}") from error
+        raise _explain(cfg, error) from error
+
+
+def _check_files(cfg) -> None:
+    """Raises `UserError` where a file of a local model folder cannot be what its name says."""
+    try:
+        if os.path.isdir(cfg.model_name):
+            check_folder(cfg.model_name)
+    except SafetensorError as error:
+        raise _unreadable_weights(cfg, error) from error
+    except ValueError as error:
+        raise UserError(f"--model_name {cfg.model_name}: {error}; get the model anew") from error
+
+
+def _unreadable_weights(cfg, error: SafetensorError) -> UserError:
+    return UserError(
+        f"--model_name {cfg.model_name}: its weights cannot be read ({error}); get them anew"
+    )
+
+
 def _ask_hub(name: str) -> None:
     """Raises what the hub says to a model that is neither a local path nor in the cache.
 
     Asked once: `from_pretrained` would try an unreachable hub for half a minute.
     """
-    if Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if os.path.exists(name) or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
@@ -166,21 +213,14 @@ def check_model(cfg):
             f"--quantization {cfg.quantization} needs bitsandbytes: pip install bitsandbytes"
         )
     location = _location(cfg)
+    _check_files(cfg)
     try:
         _ask_hub(cfg.model_name)
-        config = AutoConfig.from_pretrained(**location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _explain(cfg, error) from error
-    kinds = config.architectures or [type(config).__name__.removesuffix("Config")]
-    names = "CausalLM|LMHead|ConditionalGeneration"
-    is_named_so = not config.architectures or any(re.search(names, kind) for kind in kinds)
-    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
-    if not (is_named_so and is_decoder):
-        raise UserError(
-            f"--model_name {cfg.model_name}: {kinds[0]} is no causal language model of "
-            "transformers (AutoModelForCausalLM): give a decoder-only one, such as the text model "
-            "inside"
-        )
+    config = _loaded(cfg, AutoConfig.from_pretrained, **location, trust_remote_code=False)
+    if fault := unfit_config(config):
+        raise UserError(f"--model_name {cfg.model_name}: {fault}")
     text = config.get_text_config()
     layers, positions = text.num_hidden_layers, getattr(text, "max_position_embeddings", None)
     problems = []
@@ -203,27 +243,15 @@ def load_model_and_tokenizer(cfg, device: torch.device):
 def load_tokenizer(cfg, model_config):
     """The base model's tokenizer, with a pad token that the embeddings of the model have.
 
-    Raises `UserError` where it has no eos token, or cannot read special tokens as plain text.
+    Raises `UserError` where it has no eos token, cannot read special tokens as plain text, or makes
+    tokens that the model does not know.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**_location(cfg), trust_remote_code=False)
-        tokenizer("a", add_special_tokens=False, split_special_tokens=True)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        is_import = isinstance(error, ImportError) and "mistral" in str(error).lower()
-        if is_import or "MistralCommon" in str(error):
-            raise UserError(
-                f"--model_name {cfg.model_name}: its tokenizer is Mistral's own (tekken), which "
-                "cannot read special tokens as plain text; give a version of the model with a "
-                "tokenizer.json"
-            ) from error
-        raise _explain(cfg, error) from error
-    eos, size = tokenizer.eos_token_id, model_config.get_text_config().vocab_size
-    if eos is None or eos >= size:
-        fault = "no eos token" if eos is None else f"eos token {eos} beyond {size} embeddings"
-        raise UserError(
-            f"--model_name {cfg.model_name}: its tokenizer has {fault}, which ends a response"
-        )
-    if tokenizer.pad_token_id is None:
+    place = _location(cfg)
+    tokenizer = _loaded(cfg, AutoTokenizer.from_pretrained, **place, trust_remote_code=False)
+    size = getattr(model_config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    if fault := unfit_tokenizer(tokenizer, size):
+        raise UserError(f"--model_name {cfg.model_name}: its tokenizer {fault}")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token_id >= size:
         # It is never learned and never looked at, but the embeddings are asked for it.
@@ -255,7 +283,9 @@ def load_model(cfg, device: torch.device):
     if not shows_progress():
         transformers_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _loaded(
+            cfg,
+            AutoModelForCausalLM.from_pretrained,
             **_location(cfg),
             trust_remote_code=False,
             output_loading_info=True,
@@ -267,9 +297,7 @@ def load_model(cfg, device: torch.device):
     except (OSError, ValueError, ImportError) as error:
         raise _explain(cfg, error) from error
     except SafetensorError as error:
-        raise UserError(
-            f"--model_name {cfg.model_name}: its weights cannot be read ({error}); get them anew"
-        ) from error
+        raise _unreadable_weights(cfg, error) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--model_name {cfg.model_name} in {dtype} does not fit {device}: give --quantization "
@@ -292,10 +320,14 @@ def _reuse_freed_memory() -> None:
             mallopt(threshold, 2**30)
 
 
-def skeleton(config):
-    """The model of this configuration without weights, on the meta device."""
+def skeleton(cfg, config):
+    """The model of the configuration `config` without weights, on the meta device.
+
+    Raises `UserError` where it makes none.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        load = AutoModelForCausalLM.from_config
+        return _loaded(cfg, load, config=config, trust_remote_code=False)
 
 
 def model_dtype(cfg, device: torch.device) -> torch.dtype:

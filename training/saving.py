@@ -64,9 +64,13 @@ def atomic_folder(path: str | Path):
     partial.mkdir()
     try:
         yield partial
-        for file in partial.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+        for made in sorted(partial.rglob("*")):
+            # A tokenizer with several chat templates makes a folder of them.
+            if made.is_dir():
+                _sync_folder(made)
+            else:
+                with open(made, "rb") as written:
+                    os.fsync(written.fileno())
         _sync_folder(partial)
         if os.path.lexists(path):
             # Of a stage that is being done again: the state to resume from is older than it.

@@ -281,7 +281,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         for task in (task for task in tasks if task not in TASKS or cfg.judge_of(task)):
             print(describe(judged_task(task, cfg.judge_of(task), data[task].outputs)))
         # The branches, without weights: what is wrong with them shows before a model is loaded.
-        (plan,) = all_succeed([lambda: inject(cfg, skeleton(model_config))])
+        (plan,) = all_succeed([lambda: inject(cfg, skeleton(cfg, model_config))])
         all_succeed([partial(check_disk, cfg, plan, len(tasks))] if is_first() else [])
         if cfg.dry_run:
             report_plan(cfg, plan, data, device, saved and saved[0])

@@ -33,7 +33,7 @@ from models.ds_lora import DSLoRALinear, find_decoder_layers, replace_with_ds_lo
 from models.forward import IGNORE, response_tokens
 from training import loop
 from training import passes as passes_module
-from training.base_model import load_model, load_tokenizer
+from training.base_model import check_model, load_model, load_tokenizer
 from training.loop import TaskTraining, evaluate_loss
 from training.passes import Passes, StopSignals
 from training.plan import data_order
@@ -289,7 +289,8 @@ def main():
     model = build_model(cfg, device)
     need = cfg.samples_per_step * (args.steps + args.warmup)
     named = args.tokenizer or ("" if args.model == "llama7b" else args.model)
-    tokenizer = load_tokenizer(BaseConfig(model_name=named), model.config) if named else None
+    of_named = BaseConfig(model_name=named, num_frozen_layers=0, max_seq_len=16) if named else None
+    tokenizer = load_tokenizer(of_named, check_model(of_named)) if named else None
     if args.data:
         data = InstructionDataset(read_jsonl(args.data), tokenizer, 10**6)
         all_rows = Rows(

@@ -12,6 +12,8 @@ import torch
 from helpers import make_model
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.command_line import UserError
 from training import base_model
@@ -21,6 +23,7 @@ from training.base_model import (
     load_model_and_tokenizer,
     load_tokenizer,
     select_device,
+    skeleton,
 )
 from training.identity import describe_base, hub_id_of_gguf
 
@@ -306,3 +309,139 @@ def test_a_gated_model_is_told_from_an_unreachable_one(make_config, monkeypatch)
     ) as caught:
         check_model(make_config(model_name="owner/name"))
     assert "hf auth login" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def settings(name, **changes):
+    def change(folder):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**found, **changes}))
+
+    return change
+
+
+def text(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def instead_of_weights(make):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        make(folder)
+
+    return change
+
+
+def weights(new):
+    def change(folder):
+        path = folder / "model.safetensors"
+        found = load(path.read_bytes())
+        save_file({key: new(key, value) for key, value in found.items()}, path)
+
+    return change
+
+
+def add_tokens(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["word0", "word1"])
+    tokenizer.save_pretrained(folder)
+
+
+def two_words(folder):
+    of_words = Tokenizer(models.WordLevel({"</s>": 0, "hello": 1}, unk_token=None))
+    PreTrainedTokenizerFast(tokenizer_object=of_words, eos_token="</s>").save_pretrained(folder)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+WEIGHTS = "model.safetensors"
+TEMPLATE = {"name": "../../x", "template": "b"}
+DAMAGED = {
+    "config null": (text("config.json", "null"), "no JSON object"),
+    "config deep": (text("config.json", '{"a":' * 100_000), "nested too deeply"),
+    "heads 0": (settings("config.json", num_attention_heads=0), "ZeroDivisionError"),
+    "size text": (settings("config.json", hidden_size="abc"), "hidden_size"),
+    "layers text": (settings("config.json", num_hidden_layers="four"), "num_hidden_layers"),
+    "another size": (settings("config.json", hidden_size=64), "not the shapes"),
+    "fewer tokens": (settings("config.json", vocab_size=300), "does not know"),
+    "activation": (settings("config.json", hidden_act="nonsense"), "nonsense"),
+    "dtype": (settings("config.json", dtype="float7"), "float7"),
+    "architectures": (settings("config.json", architectures=[1]), "no causal"),
+    "gptq": (settings("config.json", quantization_config={"quant_method": "gptq"}), "quantised"),
+    "quantisation list": (settings("config.json", quantization_config=[]), "cannot be used"),
+    "kernels": (settings("config.json", _attn_implementation="owner/kernel"), "owner/kernel"),
+    "dangling": (
+        instead_of_weights(lambda folder: (folder / WEIGHTS).symlink_to("/nowhere/blob")),
+        "a link to /nowhere/blob, which is not there",
+    ),
+    "folder": (instead_of_weights(lambda folder: (folder / WEIGHTS).mkdir()), "is no file"),
+    "pipe": (instead_of_weights(lambda folder: os.mkfifo(folder / WEIGHTS)), "is no file"),
+    "other pipe": (lambda folder: os.mkfifo(folder / "training_args.bin"), "is no file"),
+    "pickle": (
+        instead_of_weights(
+            lambda folder: torch.save({"x": Evil()}, folder / "pytorch_model.bin"),
+        ),
+        "hold more than numbers",
+    ),
+    "index null": (
+        instead_of_weights(text("model.safetensors.index.json", "null")),
+        "no JSON object",
+    ),
+    "int8": (weights(lambda _, t: t.to(torch.int8)), "no floating-point number"),
+    "transposed": (
+        weights(lambda key, t: t.T.contiguous() if "down_proj" in key else t),
+        "not the shapes",
+    ),
+    "generation list": (text("generation_config.json", "[]"), "no JSON object"),
+    "tokenizer {}": (text("tokenizer.json", "{}"), "cannot be used"),
+    "tokenizer null": (text("tokenizer.json", "null"), "no JSON object"),
+    "tokenizer_config list": (text("tokenizer_config.json", "[]"), "no JSON object"),
+    "special tokens": (text("special_tokens_map.json", '{"eos_token": ["a"]}'), "eos_token"),
+    "more tokens": (add_tokens, "2 tokens, such as 'word0', that the model does not know"),
+    "new eos": (settings("tokenizer_config.json", eos_token="<new>"), "'<new>'"),
+    "two words": (two_words, "ordinary text"),
+    "template": (settings("tokenizer_config.json", chat_template=[TEMPLATE]), "can be no file"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_model_folder_that_cannot_be_used_is_one_line(
+    make_config, model_folder, tmp_path, damage, message, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folder, tmp_path / "model")
+    damage(tmp_path / "model")
+    cfg = make_config(model_name=str(tmp_path / "model"))
+    with pytest.raises(UserError, match=message) as caught:
+        config = check_model(cfg)
+        load_tokenizer(cfg, config)
+        skeleton(cfg, config)
+        load_model(cfg, CPU)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 5000 + ".gguf", "a/b/c", "\0"])
+def test_a_name_that_no_model_can_have_is_one_line(make_config, name):
+    with pytest.raises(UserError) as caught:
+        check_model(make_config(model_name=name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_padding_that_was_added_later_does_no_harm(make_config, model_folder, tmp_path):
+    """As many fine-tuned LLaMAs have it, beyond the embeddings: another token pads then."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert tokenizer.pad_token_id == 320
+    cfg = make_config(model_name=str(tmp_path / "model"))
+    assert load_model_and_tokenizer(cfg, CPU)[1].pad_token_id == 1
+
+
+def test_our_own_faults_are_no_faults_of_the_model(make_config, monkeypatch):
+    monkeypatch.setattr(base_model, "check_folder", lambda: None)
+    with pytest.raises(TypeError):
+        check_model(make_config())

@@ -1,11 +1,13 @@
 """Files are whole or not there."""
 
+import copy
 import json
 import resource
 
 import pytest
 import torch
 from helpers import contents, inject, make_journal, make_model
+from transformers import AutoTokenizer
 
 from training.saving import (
     JsonlLog,
@@ -45,6 +47,16 @@ def test_a_checkpoint_that_fails_half_way_is_not_there(
     with pytest.raises(OSError, match="disk full"):
         make_journal(cfg, inject(make_model()), tokenizer).save_checkpoint("c")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_whole(make_config, tmp_path, tokenizer):
+    """As Command-R's and Hermes': transformers makes a folder of them."""
+    several = copy.deepcopy(tokenizer)
+    several.chat_template = {"default": "a", "tool_use": "b"}
+    journal = make_journal(make_config(save_dir=str(tmp_path)), inject(make_model()), several)
+    journal.save_checkpoint("c")
+    found = AutoTokenizer.from_pretrained(tmp_path / "c")
+    assert found.chat_template == several.chat_template
 
 
 @pytest.mark.parametrize("limit", [1000, 60_000])
