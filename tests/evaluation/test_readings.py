@@ -14,7 +14,7 @@ from configs.command_line import UserError
 from evaluation.readings import open_stage
 from models.ds_lora import branch_tensors
 from models.router import Router
-from training.base_model import describe_base
+from training.identity import describe_base
 from training.passes import Passes, StopSignals
 from training.saving import RunState
 from training.session import Journal
