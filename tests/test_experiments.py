@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from helpers import ROOT, errors, make_rows, read, write_rows
@@ -108,14 +109,14 @@ def test_an_interrupt_ends_all(flags, capsys, monkeypatch):
     assert "replay" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_is_told_to_stop_and_waited_for(number, tmp_path):
     """The stand-in for a run takes a second to save; that it did is seen after our own end."""
     saved = tmp_path / "saved"
     run = (
         "import pathlib, signal, sys, time\n"
         f"def stop(n, _):\n    time.sleep(1); pathlib.Path({str(saved)!r}).touch(); sys.exit(9)\n"
-        "signal.signal(signal.SIGINT, stop); signal.signal(signal.SIGTERM, stop)\n"
+        "[signal.signal(n, stop) for n in (1, 2, 15)]\n"
         "print('ready', flush=True); time.sleep(30)"
     )
     code = (
@@ -150,3 +151,19 @@ def test_a_finished_run_of_another_model_or_other_data_is_not_taken_for_this_one
     run.summary.write_text(json.dumps(summary))
     with pytest.raises(UserError, match="weights others ->"):
         planned(argv)
+
+
+@pytest.mark.parametrize(("code", "ours"), [(-15, 143), (143, 143), (-2, 130), (-1, 129)])
+def test_a_run_that_is_stopped_while_it_imports_stops_all(flags, capsys, monkeypatch, code, ours):
+    started = []
+    monkeypatch.setattr(run_experiments, "execute", lambda run: started.append(run) or code)
+    assert run_experiments.main([*flags(), "--methods", "seq_lora", "replay"]) == ours
+    assert len(started) == 1 and "failed" not in capsys.readouterr().err
+
+
+def test_what_comes_after_a_signal_is_not_begun(monkeypatch):
+    """Though the run at hand finishes."""
+    plain = subprocess.Popen
+    code = "import os, signal; os.kill(os.getppid(), signal.SIGINT)"
+    monkeypatch.setattr(subprocess, "Popen", lambda argv: plain([sys.executable, "-c", code]))
+    assert run_experiments.execute(types.SimpleNamespace(argv=[])) == 130

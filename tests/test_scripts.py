@@ -1,13 +1,18 @@
 """The command lines: what a run leaves behind, and what a user sees when something is wrong."""
 
+import ast
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import fields
 
 import pytest
 import torch
-from helpers import command, contents, errors, make_model, read
+from helpers import ROOT, command, contents, errors, make_model, read
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -16,6 +21,7 @@ import train_single_task
 import train_slsd_seq
 from configs.base_config import TASKS, BaseConfig
 from configs.command_line import UserError
+from configs.ending import command_line
 from configs.smollm2_config import SmolLM2Config
 from evaluation.matrix import forgetting, loss_matrix
 from methods import METHODS, find_method, knob_names, parse_config, run_config
@@ -391,3 +397,85 @@ def test_ctrl_c_exits_130(flags, monkeypatch, capsys):
 
     monkeypatch.setattr(train_slsd_seq, "set_up", interrupt)
     assert train_slsd_seq.main(flags()) == 130
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing: start with"),
+        ({"RANK": "first"}, "RANK is 'first' in the environment"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment"),
+        ({"RANK": "-1"}, "RANK is '-1' in the environment"),
+    ],
+)
+def test_a_launchers_environment_without_a_launcher_is_one_line(
+    flags, monkeypatch, capsys, environment, message
+):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train_slsd_seq.main(flags()) == 2
+    (line,) = errors(capsys)
+    assert message in line
+
+
+def test_no_memory_on_a_cpu_is_one_line_and_faults_of_ours_are_not_hidden(monkeypatch, capsys):
+    def failing(error):
+        def main(argv):
+            raise error
+
+        return command_line(main)
+
+    full = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    for error in (MemoryError(), RuntimeError(full)):
+        assert failing(error)([]) == 2
+        assert errors(capsys) == ["error: out of memory; the last saved state is whole"]
+    for error in (RuntimeError("a fault"), OSError("no number")):
+        with pytest.raises(type(error)):
+            failing(error)([])
+
+
+def test_an_error_cannot_steer_the_terminal(capsys):
+    assert train_slsd_seq.main(["--config", "a\x1b]0;b\x07"]) == 2
+    assert "--config a ]0;b : there is no such file" in errors(capsys)[0]
+
+
+def test_ctrl_c_before_main_is_quiet_in_every_script():
+    """The hook of `configs` is there before anything that takes seconds."""
+    result = command("-c", "import configs\nraise KeyboardInterrupt")
+    assert result.returncode == -signal.SIGINT and result.stderr == "interrupted\n"
+    quick = {*sys.stdlib_module_names, "plot_loss", "tqdm"}
+    for path in ROOT.glob("*.py"):
+        text, names = path.read_text(encoding="utf-8"), []
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names += [getattr(node, "module", None) or node.names[0].name]
+        slow = [name for name in names if name.partition(".")[0] not in quick]
+        assert slow[0].startswith("configs.") or "def main" not in text, path
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr", "reader"])
+def test_streams_that_are_closed_are_quiet(closed, tmp_path):
+    """`<&-`, `>&-`, `2>&-` and `| head`: nothing is told of it, and no file gets its number."""
+    script = (
+        "import os, sys\n"
+        "from configs.ending import command_line\n"
+        "@command_line\n"
+        "def main(argv):\n"
+        f"    file = open({str(tmp_path / 'file')!r}, 'w')\n"
+        "    assert file.fileno() > 2\n"
+        "    print('said\\n' * 100_000)\n"
+        "    print('told', file=sys.stderr)\n"
+        "sys.exit(main())"
+    )
+    (tmp_path / "script.py").write_text(script)
+    ending = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-", "reader": "| head -n 1"}[closed]
+    line = f"set -o pipefail; {sys.executable} {tmp_path / 'script.py'} {ending}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == (141 if closed == "reader" else 0)
+    told = "" if closed in ("stderr", "reader") else "told\n"
+    assert done.stderr == told and (closed == "stdout") == (not done.stdout)

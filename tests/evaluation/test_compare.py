@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -356,3 +357,58 @@ def test_scores_are_compared_where_they_are_there(tmp_path):
         and "| two    | own     | 42.0 ± 1.4  |" in text
     )
     assert "| none   | own" not in text
+
+
+def drawn_single(tmp_path, monkeypatch, train, held_out):
+    """The lines of the picture of a single run, from (epoch, step) of each log line and epochs."""
+    rows = [{"epoch": e, "step": s, "loss": 3.0 - s / 1e6} for e, s in train]
+    log = tmp_path / "single_T_train_loss.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"epoch": epoch, "loss": 3.0} for epoch in held_out]
+    log = tmp_path / "single_T_eval_loss.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = []
+    monkeypatch.setattr(plot_loss, "save", lambda figure, path: drawn.append(figure) or path)
+    assert plot_loss.main(["single", "T", "--log_dir", str(tmp_path)]) == 0
+    return drawn[0].axes[0]
+
+
+@pytest.mark.parametrize(
+    ("train", "ends"),
+    [
+        # Fewer steps than logging_steps; then with epochs that have no line.
+        ([(1, 6)], [6]),
+        ([(3, 6)], [2, 4, 6]),
+        ([(2, 10), (3, 20), (3, 21)], [7, 14, 21]),
+        ([(1, 10), (1, 20), (2, 30), (2, 40)], [20, 40]),
+        # Ended by max_steps_per_task in the third epoch, and not finished.
+        ([(e, s) for s in range(1, 18) for e in [-(-s // 7)]], [7, 14, 17]),
+        ([(e, s) for s in range(1, 17) for e in [-(-s // 7)]][:-1], [7, 14]),
+    ],
+)
+def test_held_out_points_stand_where_their_epoch_ended(tmp_path, monkeypatch, train, ends):
+    axes = drawn_single(tmp_path, monkeypatch, train, range(1, len(ends) + 1))
+    training, held_out = axes.get_lines()[0], axes.get_lines()[-1]
+    assert list(held_out.get_xdata()) == ends and held_out.get_marker() == "o"
+    assert list(training.get_xdata()) == [step for _, step in train]
+    assert training.get_marker() == "."
+    assert "LoRA" not in axes.get_title()
+
+
+def test_a_long_log_is_drawn_in_seconds(tmp_path, monkeypatch):
+    start = time.monotonic()
+    train = [(1 + s // 1000, s + 1) for s in range(80_000)]
+    axes = drawn_single(tmp_path, monkeypatch, train, range(1, 81))
+    assert time.monotonic() - start < 10
+    plain, smooth, held_out = axes.get_lines()
+    assert plain.get_marker() == "" and list(held_out.get_xdata())[:2] == [1000, 2000]
+    assert plot_loss.running_mean([1.0, 2.0, 4.0, 8.0], 2) == [1.0, 1.5, 3.0, 6.0]
+
+
+def test_runs_of_two_virtual_environments_are_compared(tmp_path):
+    places = [{"model_name": f"/{p}/m.gguf", "data_dir": f"/{p}/data"} for p in ("a", "b")]
+    runs = [
+        write_run(tmp_path / "one" / f"seed{s}", LOSSES, seed=s, **place)
+        for s, place in enumerate(places)
+    ]
+    assert plot_loss.main(["compare", *runs, "--log_dir", str(tmp_path)]) == 0

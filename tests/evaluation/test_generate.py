@@ -1,17 +1,30 @@
 """Answers: the prompts of training, greedy, whatever the batch; the scripts that ask for them."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
-from helpers import errors, inject, make_model, make_rows, randomise, read, write_rows
+from helpers import (
+    Killed,
+    contents,
+    errors,
+    fail_at,
+    inject,
+    make_model,
+    make_rows,
+    randomise,
+    read,
+    write_rows,
+)
 
 import chat
 import evaluate_tasks
 import train_slsd_seq
 from configs.command_line import UserError
-from evaluation.generate import generate, left_padded, prompt_ids
+from evaluation.generate import Voice, generate, left_padded, prompt_ids
 from evaluation.questions import (
     Questions,
     benchmark_questions,
@@ -23,7 +36,9 @@ from models.forward import IGNORE
 from tasks.code import judge_code
 from tasks.math import judge_math
 from tasks.tool import judge_calls
+from training import saving
 from training.passes import Passes, StopSignals
+from training.saving import run_lock
 from utils_data import InstructionDataset, PromptTemplate
 
 TASKS = ["T1_general", "T2_math", "T3_code"]
@@ -256,6 +271,76 @@ def test_recovery_trains_copies_only(trained, tmp_path, capsys, monkeypatch):
     assert "recovery of T1_general: final" in capsys.readouterr().out
 
 
+def die_at_write(monkeypatch, number, argv):
+    """Runs the evaluation until its `number`-th write; False where there are fewer."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, saving.os, "replace", number)
+        try:
+            assert evaluate_tasks.main(argv) == 0
+            return False
+        except Killed:
+            return True
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_tasks, "RECOVERY_STEPS", 2)
+    logs = tmp_path / "logs"
+    argv = [*trained, "--checkpoint", str(tmp_path / "checkpoints" / "seq_T2_math")]
+    argv += ["--recovery", "true", "--branches", "latest", "own", "--max_new_tokens", "2"]
+    argv += ["--task_order", "T1_general", "T2_math", "--max_samples", "2"]
+    assert evaluate_tasks.main(argv) == 0
+    whole = {path: path.read_bytes() for path in logs.glob("*_T2_math*.jsonl")}
+    assert len(whole) == 4
+    asked, ask = [], evaluate_tasks.ask
+    monkeypatch.setattr(evaluate_tasks, "ask", lambda *a: asked.append(1) or ask(*a))
+    # The writes: for each of two kinds of questions its answers and that they are there, of the
+    # recovery, and the scores. Each kind is asked in two readings.
+    for number, times in ((1, 6), (2, 6), (4, 4), (6, 4)):
+        asked.clear()
+        assert die_at_write(monkeypatch, number, [*argv, "--overwrite", "true"])
+        # What is killed while it overwrites goes on without --overwrite.
+        assert evaluate_tasks.main(argv) == 0
+        assert len(asked) == times
+        assert {path: path.read_bytes() for path in logs.glob("*_T2_math*.jsonl")} == whole
+        assert not list(logs.glob("*unfinished*")) and not list(logs.glob(".*.tmp"))
+    assert "T1_general: answered before" in capsys.readouterr().out
+    assert not die_at_write(monkeypatch, 7, [*argv, "--overwrite", "true"])
+
+
+def test_another_evaluation_or_two_at_once_lose_nothing(trained, tmp_path, monkeypatch, capsys):
+    argv = [*trained, "--task_order", "T1_general", "--max_new_tokens", "1"]
+    with run_lock([str(tmp_path / "logs")], "scores_base"):
+        assert evaluate_tasks.main(argv) == 2
+    assert "another run is at work there" in errors(capsys)[0]
+    assert die_at_write(monkeypatch, 2, argv)
+    before = contents(tmp_path / "logs")
+    capsys.readouterr()
+    assert evaluate_tasks.main([*argv, "--max_new_tokens", "2"]) == 2
+    assert "begun otherwise (max_new_tokens 1 -> 2)" in errors(capsys)[0]
+    # Answers that are not those that were kept are given anew.
+    answers = tmp_path / "logs" / "gen_base_T1_general.jsonl"
+    whole = answers.read_bytes()
+    assert contents(tmp_path / "logs") == before
+    answers.write_text("{}\n")
+    assert evaluate_tasks.main(argv) == 0 and answers.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_an_evaluation_which_goes_on(trained, monkeypatch, capsys, number, code):
+    argv = [*trained, "--task_order", "T1_general", "--max_new_tokens", "1"]
+    ask = evaluate_tasks.ask
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_tasks, "ask", lambda *a: os.kill(os.getpid(), number) or ask(*a))
+        assert evaluate_tasks.main(argv) == code
+    assert "the same command goes on" in capsys.readouterr().err
+    # While the model is loaded too.
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_tasks, "open_stage", lambda *_: os.kill(os.getpid(), number))
+        assert evaluate_tasks.main(argv) == code
+    assert capsys.readouterr().err == "interrupted\n"
+    assert evaluate_tasks.main(argv) == 0
+
+
 @pytest.fixture
 def benchmarks(tmp_path):
     folder = tmp_path / "benchmarks"
@@ -368,3 +453,14 @@ def test_a_chat_says_what_generation_says(passes, make_config, monkeypatch, caps
     row = {"instruction": "sum 1 and 2", "input": ""}
     prompts = prompt_ids(passes.template, [row], stage.cfg.max_seq_len)
     assert capsys.readouterr().out.strip() == generate(passes, prompts, 9)[0]
+
+
+def test_what_a_model_says_cannot_steer_the_terminal(tokenizer, capsys):
+    Voice(tokenizer).on_finalized_text("a\x1b[31m\tb\n\x9b2Jc\u202e", stream_end=True)
+    assert capsys.readouterr().out == "a [31m\tb\n 2Jc \n"
+
+
+def test_a_chat_is_one_process(flags, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert chat.main(flags()) == 2
+    assert "a chat is one process" in errors(capsys)[0]

@@ -1,5 +1,7 @@
 """A run outlives kills, signals and damaged files, and ends as if nothing had happened."""
 
+import contextlib
+import errno
 import os
 import random
 import shutil
@@ -13,9 +15,11 @@ import pytest
 import torch
 from helpers import ROOT, Killed, contents, die_in_a_pass, errors, fail_at, outcome
 
+import evaluate_tasks
 import train_single_task
 import train_slsd_seq
 from configs.command_line import UserError
+from methods import parse_config
 from training import passes as passes_module
 from training import plan, saving
 from training.saving import JsonlLog, RunState, run_lock
@@ -116,9 +120,17 @@ def test_other_data_another_base_and_another_config_are_refused(
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-5] ^= 1
     (model / "model.safetensors").write_bytes(weights)
+    changed = {"config.json": ('"silu"', '"gelu"'), "tokenizer.json": ('"version"', ' "version"')}
+    for file, (old, new) in changed.items():
+        shutil.copytree(model_folder, tmp_path / file)
+        path = tmp_path / file / file
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
     for change, named in (
         ({"data_dir": data}, "another data of T2_math"),
-        ({"model_name": model}, "weights"),
+        ({"model_name": model}, "another weights)"),
+        ({"model_name": tmp_path / "config.json"}, "another config.json)"),
+        ({"model_name": tmp_path / "tokenizer.json"}, "another tokenizer)"),
         ({"kd_lambda": 0.5}, "kd_lambda 1.0 -> 0.5"),
     ):
         capsys.readouterr()
@@ -126,6 +138,84 @@ def test_other_data_another_base_and_another_config_are_refused(
         (line,) = errors(capsys)
         assert named in line and "--overwrite true" in line
         assert contents(tmp_path / "cut") == before
+
+
+def test_the_same_base_by_another_path_is_the_same_run(
+    seq_flags, uninterrupted, tmp_path, monkeypatch, model_folder
+):
+    die_in_a_pass(monkeypatch, 30, seq_flags("cut"))
+    (tmp_path / "link").symlink_to(model_folder)
+    assert train_slsd_seq.main(seq_flags("cut", model_name=f"{tmp_path}/./link/")) == 0
+    logs = [name for name in uninterrupted if name.endswith(".jsonl")]
+    assert logs and all(outcome(tmp_path / "cut")[name] == uninterrupted[name] for name in logs)
+    # And so is the base of its checkpoints.
+    argv = ["--checkpoint", str(tmp_path / "cut" / "checkpoints" / "seq_T2_math")]
+    argv += ["--task_order", "T2_math", "--max_samples", "1", "--max_new_tokens", "1"]
+    assert evaluate_tasks.main([*seq_flags("cut"), *argv]) == 0
+
+
+def test_a_death_while_overwriting_never_leaves_a_finished_run_without_its_logs(
+    seq_flags, tmp_path, monkeypatch, capsys
+):
+    argv = seq_flags("cut", task_order=["T2_math"], max_steps_per_task=1)
+    assert train_slsd_seq.main(argv) == 0
+    shutil.copytree(tmp_path / "cut", tmp_path / "whole")
+    (cfg,) = parse_config(list(map(str, argv)), description="")
+    for number in range(1, 100):
+        with monkeypatch.context() as patch:
+            removed = fail_at(patch, saving.os, "unlink", number)
+            with contextlib.suppress(Killed):
+                saving.clear_outputs(cfg, "seq")
+        if len(removed) <= number:
+            break
+        # For `run_experiments.py` too.
+        assert not saving.summary_path(cfg).exists()
+        capsys.readouterr()
+        assert train_slsd_seq.main(argv) == 2
+        assert "--overwrite true" in errors(capsys)[-1]
+        shutil.rmtree(tmp_path / "cut")
+        shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    assert number > 5 and not list((tmp_path / "cut").glob("*/seq*/*"))
+
+
+def test_a_finished_run_that_lost_a_log_is_not_called_finished(seq_flags, tmp_path, capsys):
+    argv = seq_flags("cut", task_order=["T2_math"], max_steps_per_task=1)
+    assert train_slsd_seq.main(argv) == 0
+    for name in ("seq_summary.json", "seq_eval_loss.jsonl"):
+        path = tmp_path / "cut" / "logs" / name
+        kept = path.read_bytes()
+        path.unlink()
+        capsys.readouterr()
+        assert train_slsd_seq.main(argv) == 2
+        assert f"{name} is missing: put it back" in errors(capsys)[0]
+        path.write_bytes(kept)
+    assert train_slsd_seq.main(argv) == 0
+
+
+@pytest.mark.parametrize("folder", ["logs", "checkpoints"])
+def test_a_folder_that_vanishes_is_one_line(seq_flags, tmp_path, monkeypatch, capsys, folder):
+    original, calls = passes_module.make_passes, []
+
+    def vanishing(*args):
+        calls.append(1)
+        if len(calls) == 25:
+            shutil.rmtree(tmp_path / "cut" / folder)
+        return original(*args)
+
+    monkeypatch.setattr(passes_module, "make_passes", vanishing)
+    assert train_slsd_seq.main(seq_flags("cut")) == 2
+    (line,) = errors(capsys)
+    assert f"cut/{folder}/.seq.lock was removed" in line
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EINVAL, errno.EFBIG])
+def test_a_failing_disk_is_one_line(seq_flags, tmp_path, monkeypatch, capsys, number):
+    with monkeypatch.context() as patch:
+        fail_at(patch, saving.os, "fsync", 40, OSError(number, os.strerror(number)))
+        assert train_slsd_seq.main(seq_flags("cut")) == 2
+    (line,) = errors(capsys)
+    assert os.strerror(number) in line and "the last saved state is whole" in line
+    assert RunState(tmp_path / "cut" / "checkpoints" / "seq_state").load()
 
 
 def damage_newest(state: Path, how: str) -> Path:
@@ -246,7 +336,9 @@ def test_of_two_runs_that_race_one_is_refused(seq_flags, uninterrupted, tmp_path
     assert outcome(tmp_path / "cut") == uninterrupted
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
     seq_flags, uninterrupted, tmp_path, monkeypatch, capsys, number, code
 ):
@@ -268,8 +360,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         assert name.endswith("summary.json") or cut[name] == value
 
 
+CPU_IS_FULL = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_IS_FULL + "memory")]
+)
 def test_out_of_memory_halves_the_passes_and_repeats_the_step(
-    seq_flags, tmp_path, monkeypatch, capsys
+    seq_flags, tmp_path, monkeypatch, capsys, error
 ):
     original = passes_module.make_passes
 
@@ -277,7 +375,7 @@ def test_out_of_memory_halves_the_passes_and_repeats_the_step(
         for indices, batch, targets in original(samples, tokens_per_pass, *rest):
             yield indices, batch, targets
             if batch["input_ids"].numel() > 60 and len(indices) > 1:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
 
     monkeypatch.setattr(passes_module, "make_passes", limited)
     changes = {"lora_dropout": 0.0, "task_order": ["T2_math"], "prefix_cache_gib": 0.0}

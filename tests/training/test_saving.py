@@ -1,7 +1,10 @@
 """Files are whole or not there."""
 
 import copy
+import errno
+import fcntl
 import json
+import os
 import resource
 
 import pytest
@@ -9,12 +12,14 @@ import torch
 from helpers import contents, inject, make_journal, make_model
 from transformers import AutoTokenizer
 
+from configs.command_line import UserError
 from training.saving import (
     JsonlLog,
     RunState,
     atomic_file,
     atomic_folder,
     file_sha256,
+    run_lock,
     write_json,
 )
 
@@ -124,3 +129,51 @@ def test_only_exact_names_are_states(tmp_path):
     assert state.found() == [older, newest]
     state.save({}, {}, keep=1)
     assert len(state.found()) == 1 and all((tmp_path / name).is_dir() for name in names)
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".seq.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a symbolic link"), run_lock([tmp_path], "seq"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_lock_that_was_removed_is_told(tmp_path):
+    with run_lock([tmp_path], "seq") as check:
+        check()
+        (tmp_path / ".seq.lock").unlink()
+        with pytest.raises(UserError, match="was removed during the run"):
+            check()
+        with run_lock([tmp_path], "seq"), pytest.raises(UserError):
+            check()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_folder_without_locks_is_one_line(tmp_path, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(UserError, match="cannot be written"), run_lock([tmp_path], "seq"):
+        pass
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_log_that_was_removed_or_replaced_is_told(tmp_path, is_replaced):
+    path = tmp_path / "log.jsonl"
+    with JsonlLog(path) as log:
+        log.write(loss=1.0)
+        assert log.written()["size"] == 14
+        path.unlink()
+        if is_replaced:
+            path.write_text('{"loss": 1.0}\n')
+        with pytest.raises(UserError, match="was removed or replaced"):
+            log.written()
+
+
+def test_a_folder_takes_the_place_of_a_link_that_leads_nowhere(tmp_path):
+    (tmp_path / "c").symlink_to(tmp_path / "gone")
+    with atomic_folder(tmp_path / "c") as folder:
+        (folder / "whole").write_text("")
+    assert (tmp_path / "c" / "whole").exists() and not (tmp_path / "gone").exists()
