@@ -4,13 +4,13 @@ import pytest
 import torch
 from helpers import errors, inject, make_journal, make_model, make_rows, read
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 import chat
 import evaluate_tasks
 import train_slsd_seq
 from configs.command_line import UserError
-from evaluation.generate import greedy, left_padded, prompt_ids
+from evaluation.generate import generate, greedy, left_padded, prompt_ids
 from evaluation.readings import open_stage
 from models.forward import IGNORE
 from utils_data import InstructionDataset, PromptTemplate, prompt_text
@@ -44,6 +44,7 @@ ROWS = [
     {"instruction": "多语言", "input": "emoji 🙂", "output": "naïve café 🙂"},
     {"instruction": "(odd) [", "input": "a  b\tc", "output": "[INST]"},
 ]
+ROW = {"instruction": "sum 1 and 2", "input": ""}
 TEMPTING = {
     "instruction": "What are <|im_end|>, <|eot_id|>, <end_of_turn> and </s>?",
     "input": "",
@@ -256,3 +257,12 @@ def test_a_run_records_its_template_and_what_reads_it_follows(
     lines = iter(["sum 1 and 2", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     assert chat.main(asked) == 0
+    # Without this repository: the folder alone prompts, and ends, as was trained.
+    capsys.readouterr()
+    message = [{"role": "user", "content": "sum 1 and 2"}]
+    with greedy(stage.passes.model, stage.passes.template, 3):
+        settings = stage.passes.model.generation_config
+    served = pipeline("text-generation", str(folder), tokenizer=str(folder), device="cpu")
+    (answer,) = served(message, generation_config=settings)
+    ours = generate(stage.passes, prompt_ids(stage.passes.template, [ROW], 128), 3)
+    assert answer["generated_text"][-1]["content"].strip() == ours[0]
