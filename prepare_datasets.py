@@ -50,7 +50,7 @@ class PrepareConfig(Knobs):
     columns: list[str] = knob(
         [], "with --own: columns of another name, instruction=question output=solution"
     )
-    suite: Literal["", "long_sequence", "standard", "absa", "trace"] = knob(
+    suite: Literal[("", *SUITES)] = knob(
         "", "instead: the tasks of a published suite, from its folder --raw_dir"
     )
     raw_dir: str = knob("", "folder laid out like the hub, OWNER/NAME/..., tried first; empty: hub")

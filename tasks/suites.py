@@ -1,12 +1,11 @@
 """Published suites of tasks for continual learning, in the folder layouts that they come in."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.command_line import UserError
 from tasks.own import read_rows
-from tasks.source import Sample, WrongShape
+from tasks.source import Sample, WrongShape, texts
 
 # O-LoRA's instructions by the group that a task's folder stands in (its instruction_config.json).
 INSTRUCTIONS = {
@@ -46,28 +45,29 @@ def find_task_files(raw_dir: str, task: str) -> tuple[Path, Path]:
 
 @dataclass
 class SuiteFile:
-    """One file of a suite as a source."""
+    """One file of a suite as a source; O-LoRA's have `options`, listed in a file beside it."""
 
     hub_id: str
     path: Path
+    options: list[str] = field(default_factory=list)
 
     def load(self, raw_dir: str) -> tuple[list, str]:
+        """(rows, "raw"). Raises `UserError` where the file cannot be read."""
         rows = read_rows(str(self.path), "train")
-        # O-LoRA lists the answers in a file of its own.
         labels = self.path.with_name("labels.json")
-        self.options = json.loads(labels.read_text("utf-8")) if labels.is_file() else []
-        self.group = self.path.parent.parent.name
+        if labels.is_file():
+            self.options = list(map(str, read_rows(str(labels), "train")))
         return rows, "raw"
 
     def convert(self, row) -> Sample:
         """A sample of one row, whichever layout it comes from; raises `Drop`."""
         match row:
-            case {"instruction": str(instruction), "output": str(output)}:
-                return Sample(instruction, row.get("input") or "", output)
+            case {"instruction": str(), "output": str()}:
+                return Sample(*texts({"input": "", **row}, "instruction", "input", "output"))
             case {"prompt": str(prompt), "answer": str(answer)}:
                 return Sample(prompt, "", answer)
             case {"sentence": str(sentence), "label": str(label)}:
-                asked = INSTRUCTIONS.get(self.group, "")
+                asked = INSTRUCTIONS.get(self.path.parent.parent.name, "")
                 if not asked:
                     # COPA asks in the sentence itself.
                     return Sample(sentence, "", label)
