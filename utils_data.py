@@ -88,10 +88,9 @@ def _parse_line(line: bytes, where: str, is_first: bool) -> dict | None:
         return None
     if not isinstance(row, dict):
         raise UserError(f"{where}: {type(row).__name__}, not a JSON object; mend the line")
-    for key in KEYS:
+    for key in (*KEYS, *({REJECTED} & row.keys())):
         if key not in row:
             raise UserError(f"{where}: key {key!r} is missing; each line needs {KEYS}")
-    for key in (*KEYS, REJECTED) if REJECTED in row else KEYS:
         if not isinstance(row[key], str | None):
             kind = type(row[key]).__name__
             raise UserError(f"{where}: {key!r} is {kind}, not text; mend the line")

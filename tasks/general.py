@@ -3,20 +3,14 @@
 import re
 
 from tasks.scores import rouge_l, words_of
-from tasks.source import Sample, Source, texts
+from tasks.source import Sample, Source, texts, without_placeholders
 from tasks.task import Task
 
 
 def convert_alpaca(row: dict) -> Sample:
     """tatsu-lab/alpaca and sahil2801/CodeAlpaca-20k; many spellings of "no input" become ""."""
     instruction, given, output = texts(row, "instruction", "input", "output")
-    # "No input", "<noinput>", "`< noinput >`.", "No input required.", "N/A" ... Signs alone stay:
-    # they are Morse code, brackets to balance, an operator to classify.
-    if re.fullmatch(r"\W*(no[\s_-]?inputs?( \w+ed)?|none|n/a)\W*", given, re.IGNORECASE):
-        given = ""
-    # "<nooutput>" stands where an answer should.
-    if re.fullmatch(r"\W*no[\s_-]?outputs?\W*", output, re.IGNORECASE):
-        output = ""
+    given, output = without_placeholders(given, output)
     return Sample(instruction, given, output)
 
 

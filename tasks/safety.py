@@ -10,6 +10,8 @@ from tasks.task import Task
 def convert_hh(row: dict) -> Sample:
     """Anthropic/hh-rlhf: the chosen transcript's last reply, and the dialogue before it.
 
+    The rejected reply stays beside it where it answers the same dialogue.
+
     A dialogue occurs at several depths: its key is the first thing said, or copies would straddle
     the held-out split.
     """
@@ -26,7 +28,10 @@ def convert_hh(row: dict) -> Sample:
     if "\n\nHuman:" in reply or " Human: " in reply:
         raise WrongShape("made-up turn in the reply")
     spoken = [f"{role}: {text}" for role, text in zip(roles, said, strict=True)]
-    return Sample(said[-1], "\n\n".join(spoken[:-1]), reply.lstrip(), key=said[0].casefold())
+    before, _, worse = (row.get("rejected") or "").rpartition("\n\nAssistant:")
+    worse = worse.strip() if before == dialogue and "\n\nHuman:" not in worse else ""
+    reply, key = reply.lstrip(), said[0].casefold()
+    return Sample(said[-1], "\n\n".join(spoken[:-1]), reply, key, rejected=worse)
 
 
 def judge_refusal(_: dict, reply: str) -> dict[str, float]:
@@ -36,7 +41,7 @@ def judge_refusal(_: dict, reply: str) -> dict[str, float]:
 TASK = Task(
     "T5_safety",
     judge_refusal,
-    primary="refused",
+    primary="preferred",
     max_new_tokens=128,
     is_sensitive=True,
     sources={"": [Source("Anthropic/hh-rlhf", convert_hh, data_dir="harmless-base")]},

@@ -1,5 +1,6 @@
 """Where a task's rows come from: sets on the hub, and samples made of their rows."""
 
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.command_line import UserError
-from utils_data import KEYS
+from utils_data import KEYS, REJECTED
 
 
 class Drop(Exception):
@@ -20,12 +21,16 @@ class WrongShape(Drop):
 
 @dataclass
 class Sample:
-    """One line of the output; of samples with the same `key` only the first is kept."""
+    """One line of the output; of samples with the same `key` only the first is kept.
+
+    `rejected` is a worse reply than the output; "" where there is none.
+    """
 
     instruction: str
     input: str
     output: str
     key: object = None
+    rejected: str = ""
 
     def __post_init__(self):
         self.instruction, self.input = self.instruction.strip(), self.input.strip()
@@ -39,11 +44,26 @@ class Sample:
             self.key = self.instruction, self.input
 
     def row(self) -> dict[str, str]:
-        return {key: getattr(self, key) for key in KEYS}
+        row = {key: getattr(self, key) for key in KEYS}
+        return {**row, REJECTED: self.rejected} if self.rejected else row
+
+
+def without_placeholders(given: str, output: str) -> tuple[str, str]:
+    """Input and output of a row, "" where they say that there is none, in any spelling."""
+    # "No input", "<noinput>", "`< noinput >`.", "No input required.", "N/A" ... Signs alone stay:
+    # they are Morse code, brackets to balance, an operator to classify.
+    if re.fullmatch(r"\W*(no[\s_-]?inputs?( \w+ed)?|none|n/a)\W*", given, re.IGNORECASE):
+        given = ""
+    # "<nooutput>" stands where an answer should.
+    if re.fullmatch(r"\W*(no[\s_-]?outputs?( \w+ed)?|n/a)\W*", output, re.IGNORECASE):
+        output = ""
+    return given, output
 
 
 def texts(row: dict, *columns: str) -> list[str]:
     """The columns of `row`, null as ""; raises WrongShape where one is missing or no text."""
+    if not isinstance(row, dict) or not any(value is not None for value in row.values()):
+        raise WrongShape("empty row")
     found = [row.get(column, column) for column in columns if column in row]
     for column in columns:
         if not isinstance(row.get(column, 0), str | None):
@@ -59,6 +79,7 @@ class Source:
     convert: Callable[[dict], Sample]
     config: str | None = None
     data_dir: str | None = None
+    split: str = "train"
 
     def load(self, raw_dir: str) -> tuple[list[dict], str]:
         """(rows, "raw" or "hub"). Raises `UserError` that names the set and the cure."""
@@ -71,14 +92,17 @@ class Source:
         folder = Path(raw_dir) / self.hub_id
         place = "raw" if raw_dir and folder.is_dir() else "hub"
         where = str(folder) if place == "raw" else self.hub_id
+        config, data_dir = self.config, self.data_dir
+        if place == "raw":
+            config, data_dir = self._layout(folder)
         try:
             # A cache of its own for a local folder: datasets would not see that a file has changed.
             with tempfile.TemporaryDirectory() as fresh:
                 cache = fresh if place == "raw" else None
                 rows = load_dataset(
-                    where, self.config, data_dir=self.data_dir, split="train", cache_dir=cache
+                    where, config, data_dir=data_dir, split=self.split, cache_dir=cache
                 )
-                return rows.to_list(), place
+            return rows.to_list(), place
         except (OSError, ValueError, DatasetsError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             cure = "mend or remove that folder"
@@ -89,3 +113,28 @@ class Source:
                     "login`; or give --raw_dir"
                 )
             raise UserError(f"{self.hub_id} cannot be read ({reason}): {cure}") from error
+
+    def _layout(self, folder: Path) -> tuple[str | None, str | None]:
+        """(config, data_dir) of a local folder: as the hub has it, or the files in it as they are.
+
+        Without the hub's README a configuration is a folder of its name, or everything.
+        """
+        if self.data_dir and not (folder / self.data_dir).is_dir():
+            raise UserError(
+                f"{folder}: {self.data_dir}/ is missing there, which is the part to read"
+            )
+        if not self.config or self.config in _configs(folder):
+            return self.config, self.data_dir
+        is_folder = (folder / self.config).is_dir()
+        return None, self.config if is_folder else self.data_dir
+
+
+def _configs(folder: Path) -> list[str]:
+    """The configurations that a local set has."""
+    from datasets import get_dataset_config_names
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return get_dataset_config_names(str(folder))
+    except (OSError, ValueError, DatasetsError):
+        return []

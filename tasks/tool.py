@@ -40,7 +40,7 @@ def tool_sample(request: str, tools, calls, history: str = "") -> Sample:
         answer = json.dumps(output, ensure_ascii=False, allow_nan=False)
         # An escape such as \ud83d alone decodes to what no UTF-8 file can hold.
         (offered + answer).encode()
-    except ValueError:
+    except (ValueError, RecursionError):
         raise WrongShape("tools or calls are no JSON") from None
     return Sample(request, f"{offered}\n\n{history}", answer)
 
@@ -50,7 +50,7 @@ def convert_xlam(row: dict) -> Sample:
     query, answers, tools = texts(row, "query", "answers", "tools")
     try:
         return tool_sample(query, json.loads(tools), json.loads(answers))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise WrongShape("tools or calls are no JSON") from None
 
 
@@ -60,24 +60,30 @@ def convert_glaive(row: dict) -> Sample:
     What was said before that message of the user follows the schemas in the input.
     """
     system, chat = texts(row, "system", "chat")
-    call = re.search(r"<functioncall>\s*(.*?)\s*(?:<\|endoftext\|>|\Z)", chat, re.DOTALL)
-    if not call:
+    before, mark, after = chat.partition("<functioncall>")
+    call = after.partition("<|endoftext|>")[0].strip()
+    if not mark:
         raise Drop("no call")
-    # Turns stand two blank lines apart: a label anywhere else is something that was said.
-    label = r"(?:\A\s*|\n\n\n\s*)(USER|ASSISTANT|FUNCTION RESPONSE):"
-    turns = re.split(label, chat[: call.start()])
-    said = [
-        (role, text.replace("<|endoftext|>", "").strip())
-        for role, text in zip(turns[1::2], turns[2::2], strict=True)
-    ]
+    said = glaive_turns(before)
     # The call's own turn may open with words to the user.
     users = [i for i, (role, _) in enumerate(said) if role == "USER"]
     if not users:
         raise WrongShape("no user message before the call")
     history = "\n".join(f"{role}: {text}" for role, text in said[: users[-1]])
-    return tool_sample(
-        said[users[-1]][1], glaive_schemas(system), [glaive_call(call.group(1))], history
-    )
+    return tool_sample(said[users[-1]][1], glaive_schemas(system), [glaive_call(call)], history)
+
+
+def glaive_turns(chat: str) -> list[tuple[str, str]]:
+    """(role, text) of each turn. Turns stand two blank lines apart: a label elsewhere was said."""
+    turns: list[tuple[str, list[str]]] = []
+    for piece in chat.split("\n\n\n"):
+        label = re.match(r"(USER|ASSISTANT|FUNCTION RESPONSE):", piece.lstrip())
+        if label:
+            turns.append((label[1], [piece.lstrip()[label.end() :]]))
+        elif turns:
+            turns[-1][1].append(piece)
+    said = ((role, "\n\n\n".join(pieces)) for role, pieces in turns)
+    return [(role, text.replace("<|endoftext|>", "").strip()) for role, text in said]
 
 
 def glaive_schemas(system: str) -> list[dict]:
@@ -88,24 +94,22 @@ def glaive_schemas(system: str) -> list[dict]:
             schema, end = decoder.raw_decode(system, position)
             schemas.append(schema)
             position = system.find("{", end)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise WrongShape("schemas are not readable") from None
     return schemas
 
 
 def glaive_call(text: str) -> dict:
     """A call, whose arguments are JSON in single quotes: {"name": "f", "arguments": '{"a": 1}'}."""
-    parts = re.fullmatch(
-        r'\{\s*"name":\s*"([^"]*)"\s*,\s*"arguments":\s*(.*?)\s*\}', text, re.DOTALL
-    )
-    if not parts:
+    head = re.match(r'\{\s*"name":\s*"([^"]*)"\s*,\s*"arguments":', text)
+    if not head or not text.endswith("}"):
         raise WrongShape("call is not readable")
-    name, arguments = parts.groups()
+    name, arguments = head[1], text[head.end() : -1].strip()
     if arguments[:1] == "'" == arguments[-1:]:
         arguments = arguments[1:-1].replace("\\'", "'")
     try:
         return {"name": name, "arguments": json.loads(arguments)}
-    except ValueError:
+    except (ValueError, RecursionError):
         raise WrongShape("call is not readable") from None
 
 

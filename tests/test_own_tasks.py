@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import errors, make_model, read, write_rows
+from helpers import errors, make_model, make_rows, mean_loss, read, write_rows
 
 import chat
 import evaluate_tasks
@@ -13,8 +13,9 @@ import plot_loss
 import run_experiments
 import train_single_task
 import train_slsd_seq
-from evaluation.likelihood import option_losses
+from evaluation.likelihood import option_losses, sample_losses
 from evaluation.matrix import format_score_matrix, summarise_scores
+from methods import parse_config
 from tasks import judged_task
 from tasks.choice import is_choice, options_of
 from training.passes import Passes, StopSignals
@@ -226,3 +227,36 @@ def test_orders_by_name_by_digits_and_by_tasks(own, flags, tmp_path, capsys):
     assert run_experiments.main([*argv, "--orders", "law,none", "order1"]) == 2
     lines = errors(capsys)
     assert "--orders law,none: " in lines[0] and "--orders order1: " in lines[1]
+
+
+def test_a_better_reply_is_told_from_a_worse_one(flags, tmp_path, capsys):
+    """The share of pairs, by mean losses that are those of whole samples."""
+    rows = [{**row, "rejected": f"{row['output']} never"} for row in make_rows("T5", 30)]
+    # The first one says less, the last has nothing to compare with.
+    rows[0]["rejected"], rows[-1] = "", {**rows[-1], "rejected": None}
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    more = {"task_data": [f"T5_safety={tmp_path}/pairs.jsonl"], "task_order": ["T5_safety"]}
+    argv = flags(**more, max_steps_per_task=2, generate=True)
+    assert train_slsd_seq.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "not read" not in err and "preferred" in out.partition("score from 0 to 100")[2]
+    lines = [x for x in read(tmp_path / "logs/seq_scores.jsonl") if x["metric"] == "preferred"]
+    assert [line["stage"] for line in lines] == ["base", "T5_safety"]
+    held_out = split_task(parse_config(argv, description="")[0], rows, None)[1]
+    pairs = [row for row in held_out if row["rejected"]]
+    assert lines[0]["n"] == len(pairs) > 3 and lines[0]["low"] <= lines[0]["score"]
+    folder = str(tmp_path / "checkpoints" / "seq_T5_safety")
+    assert evaluate_tasks.main([*flags(**more), "--checkpoint", folder]) == 0
+    again = [
+        x for x in read(tmp_path / "logs/scores_T5_safety.jsonl") if x["metric"] == "preferred"
+    ]
+    assert again[0]["score"] == lines[1]["score"]
+
+
+def test_the_loss_of_each_sample_is_its_own(make_config, tokenizer):
+    model, rows = make_model(), make_rows("T2", 7)
+    cfg, cpu = make_config(), torch.device("cpu")
+    samples = InstructionDataset(rows, tokenizer, 64)
+    found = sample_losses(Passes(cfg, model, tokenizer, cpu, StopSignals()), samples)
+    expected = [mean_loss(model, [sample]).item() for sample in samples]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)

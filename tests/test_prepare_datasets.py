@@ -141,6 +141,7 @@ def test_empty_outputs_and_wrong_shapes_are_dropped_by_reason():
     assert "column input" in reason(convert_alpaca, {"instruction": "a"}, WrongShape)
     assert "column output" in reason(convert_alpaca, alpaca(1, output=3), WrongShape)
     assert reason(convert_alpaca, alpaca(1, output=None)) == "empty output"
+    assert reason(convert_alpaca, None, WrongShape) == "empty row"
 
 
 def test_indented_code_keeps_its_first_line_in_place():
@@ -410,7 +411,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert run("--tasks", "T2_math", "--data_dir", str(tmp_path / "file")) == 2
     (line,) = errors(capsys)
-    assert "give a folder" in line
+    assert "cannot be written" in line
 
 
 def test_the_command_line_itself_refuses_an_unknown_option():

@@ -34,6 +34,9 @@ SETTINGS = (
 )
 SEQUENCE: list[str] = []
 
+# Fields that a config alone changes: no flag holds them.
+IN_CONFIGS = ("data_paths", "task_orders")
+
 
 def flags_of(values: dict) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
@@ -208,8 +211,11 @@ def test_without_slsd_nothing_is_distilled(flags, tmp_path):
         (["--use_slsd", "perhaps"], "--use_slsd"),
         (["--lr_slow", "fast"], "invalid float value: 'fast'"),
         (["--quantization", "3bit"], "invalid choice: '3bit'"),
-        (["--config", "none"], "--config none: there is no such file; give base or smollm2"),
-        (["--config", "../base"], "--config ../base: there is no such file; give base"),
+        (
+            ["--config", "none"],
+            "--config none: there is no such file; give absa or base",
+        ),
+        (["--config", "../base"], "--config ../base: there is no such file; give absa"),
         (["--task_order", "T1_general", "T9"], "give each task once, out of T1_general"),
         (["--device", "cuda:99"], "--device cuda:99: torch sees"),
         (["--num_frozen_layers", "4"], "--num_frozen_layers 4: give 0 to 3"),
@@ -298,7 +304,7 @@ def test_every_field_has_help():
     """But the paths of the tasks, which a file changes and no flag."""
     for cls in (BaseConfig, SmolLM2Config):
         for field in fields(run_config(cls, *METHODS.values())):
-            assert bool(field.metadata["help"]) == (field.name != "data_paths")
+            assert bool(field.metadata["help"]) == (field.name not in IN_CONFIGS)
 
 
 def users_of(knob):
@@ -351,7 +357,7 @@ def test_the_knobs_of_a_method_stand_under_a_heading_of_their_own(capsys):
     for name in [field.name for field in fields(run_config(BaseConfig, *METHODS.values()))]:
         users = users_of(name)
         heading = f"with --method {', '.join(users)}" if users else "options"
-        assert name == "data_paths" or told[name] == heading
+        assert name in IN_CONFIGS or told[name] == heading
     assert told["ewc_lambda"] == "with --method ewc" and told["lora_r"] == "options"
 
 
@@ -387,7 +393,7 @@ def test_help_is_quick_and_names_every_field(script):
     assert result.returncode == 0 and time.monotonic() - start < 15
     names = [field.name for field in fields(run_config(BaseConfig, *METHODS.values()))]
     assert "ewc_lambda" in names
-    for name in [name for name in names if name != "data_paths"]:
+    for name in [name for name in names if name not in IN_CONFIGS]:
         assert f"--{name} " in result.stdout or f"--{name}," in result.stdout
 
 

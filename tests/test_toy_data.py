@@ -47,7 +47,8 @@ def test_eighty_different_short_rows_a_task(task):
     assert len({(row["instruction"], row["input"]) for row in rows}) == 80
     assert len({row["output"] for row in rows}) >= 75
     for row in rows:
-        assert list(row) == ["instruction", "input", "output"]
+        more = ["rejected"] if task == "T5_safety" else []
+        assert list(row) == ["instruction", "input", "output", *more]
         assert all(text == text.strip() for text in row.values())
         assert row["instruction"] and row["output"]
     assert sum(len("".join(row.values())) for row in rows) / 80 < (
@@ -125,6 +126,14 @@ def test_calls_fit_their_schemas():
                 assert isinstance(argument, bool) == (kind == "boolean")
             names.add(call["name"])
     assert len(names) >= 30
+
+
+def test_each_safety_row_has_a_worse_reply():
+    """To what is refused it complies, without telling how; what is answered it refuses."""
+    for row in read("T5_safety"):
+        is_refused = row["output"].startswith("I can't")
+        assert row["rejected"].startswith(("I can't", "No idea")) != is_refused, row
+        assert row["rejected"] != row["output"] and len(row["rejected"]) < 120
 
 
 def test_half_of_the_safety_rows_are_refused_and_the_rest_answered():
