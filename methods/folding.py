@@ -30,7 +30,7 @@ class ConsolidationKnobs(Knobs):
 
     def problems(self):
         found = super().problems()
-        if self.gram_rank % getattr(self, "lora_r", 1):
+        if self.gram_rank % max(1, getattr(self, "lora_r", 1)):
             found.append(f"gram_rank is {self.gram_rank}: give 0 or a multiple of lora_r")
         return found
 

@@ -213,7 +213,7 @@ def test_without_slsd_nothing_is_distilled(flags, tmp_path):
         (["--task_order", "T1_general", "T9"], "give each task once, out of T1_general"),
         (["--device", "cuda:99"], "--device cuda:99: torch sees"),
         (["--num_frozen_layers", "4"], "--num_frozen_layers 4: give 0 to 3"),
-        (["--lora_target_modules", "x_proj"], "no linear layer of model.layers matches x_proj"),
+        (["--lora_target_modules", "x_proj"], "no linear layer of model.layers is called x_proj"),
     ],
 )
 def test_a_wrong_option_is_one_line(argv, message, flags, capsys, tmp_path):
