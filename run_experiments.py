@@ -1,4 +1,4 @@
-"""Runs train_slsd_seq.py for every method, order and seed, one after another, and compares them.
+"""Runs train_slsd_seq.py for every method, order and seed, one or several at a time, and compares.
 
 A finished run is left alone and an interrupted one goes on, so the same command may be given again
 and again. Every other option goes to all runs, whose folders lie below --log_dir and --save_dir.
@@ -6,18 +6,28 @@ and again. Every other option goes to all runs, whose folders lie below --log_di
 
 import dataclasses
 import json
-import signal
-import subprocess
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import plot_loss
-from configs.command_line import Knobs, UserError, command_line, default_of, knob, value_of_option
+from configs.command_line import (
+    Knobs,
+    Stopped,
+    UserError,
+    command_line,
+    default_of,
+    knob,
+    value_of_option,
+)
 from methods import METHODS, find_method, knob_names, parse_config
 from tasks import TASKS
-from training.base_model import describe_base
+from training.base_model import describe_base, gpus_by_free_memory
 from training.saving import differences, run_identity
+from training.side_by_side import Command, run_side_by_side
 
 VARIANTS = {
     name: {"method": method.name, **settings}
@@ -40,6 +50,29 @@ class Experiments(Knobs):
     orders: list[str] = knob(
         [], "of the tasks: 12345 as specified, 51234 with safety first; none: --task_order"
     )
+    jobs: int = knob(
+        1,
+        "runs at a time, each on a GPU of its own, or on a CPU with its share of the threads; what "
+        "they print goes to files in log_dir",
+        at_least=1,
+    )
+    part: str = knob(
+        "1/1",
+        "i/n: the i-th of n shares of the runs, for several servers or an array of Slurm jobs",
+        pattern=(r"[1-9]\d*/[1-9]\d*", "i/n, such as 1/4"),
+    )
+
+    def problems(self):
+        found = super().problems()
+        if not found and self.share[0] >= (shares := self.share[1]):
+            found.append(f"part is {self.part!r}: give 1/{shares} to {shares}/{shares}")
+        return found
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(number of the share, from 0, number of shares)."""
+        number, shares = map(int, self.part.split("/"))
+        return number - 1, shares
 
 
 @dataclass
@@ -60,16 +93,21 @@ class Experiment:
 def main(argv=None):
     cfg, experiments = parse_config(argv, Experiments, description=__doc__, every_method=True)
     runs = plan(cfg, experiments, argv)
-    failed = []
-    for number, run in enumerate(runs, 1):
-        state = "finished" if run.summary.exists() and not cfg.overwrite else "starting"
-        print(f"[{number}/{len(runs)}] {run.name}: {state}", flush=True)
-        if state == "finished" or cfg.dry_run:
-            continue
-        code = execute(run)
-        if code in (130, 143):
-            raise KeyboardInterrupt
-        failed += [run.name] if code else []
+    places = find_places(experiments.jobs, cfg.device)
+    first, step = experiments.share
+    commands = {}
+    for number, run in list(enumerate(runs, 1))[first::step]:
+        name = f"[{number}/{len(runs)}] {run.name}"
+        if run.summary.exists() and not cfg.overwrite:
+            print(f"{name}: finished", flush=True)
+        elif cfg.dry_run:
+            print(f"{name}: would be run", flush=True)
+        else:
+            commands[run.name] = command(cfg, name, run, experiments.jobs)
+    codes, stopped = run_side_by_side(list(commands.values()), places)
+    if stopped:
+        raise Stopped(stopped)
+    failed = [name for name, of_run in commands.items() if codes[of_run.name]]
     done = [str(run.summary.parent) for run in runs if run.summary.exists()]
     if done and plot_loss.main(["compare", *done, "--log_dir", cfg.log_dir]):
         failed.append("the comparison")
@@ -150,20 +188,32 @@ def as_flags(settings: dict) -> list[str]:
     return flags
 
 
-def execute(run: Experiment) -> int:
-    """The exit code of the run, in a process of its own: its faults do not end the night."""
-    script = Path(__file__).with_name("train_slsd_seq.py")
-    with subprocess.Popen([sys.executable, script, *run.argv]) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            while True:
-                try:
-                    return process.wait()
-                except KeyboardInterrupt:
-                    # The terminal has told the run too, and it saves before it ends.
-                    continue
-        finally:
-            signal.signal(signal.SIGTERM, before)
+def find_places(jobs: int, device: str) -> list[dict[str, str]]:
+    """The environment of each of `jobs` commands at a time, which run with `--device device`.
+
+    One alone is left to choose. Raises `UserError` where there are not as many GPUs.
+    """
+    if jobs == 1:
+        return [{}]
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: with --jobs {jobs} give auto, cuda or cpu")
+    has_gpu = device != "cpu" and torch.cuda.is_available()
+    if not has_gpu and device != "cuda":
+        threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        return [{"OMP_NUM_THREADS": str(max(1, threads // jobs))}] * jobs
+    gpus = gpus_by_free_memory() if has_gpu else []
+    if len(gpus) < jobs:
+        raise UserError(f"--jobs {jobs}: there are {len(gpus)} GPUs; give at most one job a GPU")
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
+
+
+def command(cfg, name: str, run: Experiment, jobs: int) -> Command:
+    """The run in a process of its own: its faults do not end the night."""
+    script, output = Path(__file__).with_name("train_slsd_seq.py"), None
+    if jobs > 1:
+        output = Path(cfg.log_dir) / f"{run.name.replace('/', '_')}.txt"
+        output.parent.mkdir(parents=True, exist_ok=True)
+    return Command(name, [sys.executable, str(script), *run.argv], output)
 
 
 def check_finished(run: Experiment) -> None:
