@@ -1,25 +1,27 @@
-"""Runs train_slsd_seq.py for every method, order and seed, one after another, and compares them.
+"""Runs train_slsd_seq.py for every method, order and seed, one or several at a time, and compares.
 
 A finished run is left alone and an interrupted one goes on, so the same command may be given again
 and again. Every other option goes to all runs, whose folders lie below --log_dir and --save_dir.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import signal
-import subprocess
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import plot_loss
 from configs.command_line import Knobs, Stopped, UserError, default_of, knob, value_of_option
-from configs.ending import STOPPING, command_line
+from configs.ending import command_line
 from methods import METHODS, find_method, knob_names, parse_config
 from models.reading import MIB, read_json
 from tasks import TASKS
+from training.base_model import gpus_by_free_memory
 from training.identity import describe_base, differences, run_identity
+from training.side_by_side import Command, run_side_by_side
 
 VARIANTS = {
     name: {"method": method.name, **settings}
@@ -29,10 +31,6 @@ VARIANTS = {
 # What tells one run of a method from another, and where it goes.
 RESERVED = {"seed", "task_order", "log_dir", "save_dir", "method", "config", "overwrite", "dry_run"}
 NUMBERED = list(TASKS)
-# Exit codes of a run that was told to stop: by itself, or before it could say so.
-STOPPED = {code: n for n in (signal.SIGINT, *STOPPING) for code in (128 + n, -n)}
-# From one look for signals to the next while a run is at work.
-SECONDS_TO_LOOK = 0.2
 DIGITS = "".join(str(number) for number in range(1, len(NUMBERED) + 1))
 
 
@@ -48,6 +46,29 @@ class Experiments(Knobs):
         "of the tasks: 12345 as specified, 51234 with safety first; law,medicine; or the name of "
         "an order of the configuration; none: --task_order",
     )
+    jobs: int = knob(
+        1,
+        "runs at a time, each on a GPU of its own, or on a CPU with its share of the threads; what "
+        "they print goes to files in log_dir",
+        at_least=1,
+    )
+    part: str = knob(
+        "1/1",
+        "i/n: the i-th of n shares of the runs, for several servers or an array of Slurm jobs",
+        pattern=(r"[1-9]\d*/[1-9]\d*", "i/n, such as 1/4"),
+    )
+
+    def problems(self):
+        found = super().problems()
+        if not found and self.share[0] >= (shares := self.share[1]):
+            found.append(f"part is {self.part!r}: give 1/{shares} to {shares}/{shares}")
+        return found
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(number of the share, from 0, number of shares)."""
+        number, shares = map(int, self.part.split("/"))
+        return number - 1, shares
 
 
 @dataclass
@@ -68,16 +89,21 @@ class Experiment:
 def main(argv=None):
     cfg, experiments = parse_config(argv, Experiments, description=__doc__, every_method=True)
     runs = plan(cfg, experiments, argv)
-    failed = []
-    for number, run in enumerate(runs, 1):
-        state = "finished" if run.summary.exists() and not cfg.overwrite else "starting"
-        print(f"[{number}/{len(runs)}] {run.name}: {state}", flush=True)
-        if state == "finished" or cfg.dry_run:
-            continue
-        code = execute(run)
-        if code in STOPPED:
-            raise Stopped(STOPPED[code])
-        failed += [run.name] if code else []
+    places = find_places(experiments.jobs, cfg.device)
+    first, step = experiments.share
+    commands = {}
+    for number, run in list(enumerate(runs, 1))[first::step]:
+        name = f"[{number}/{len(runs)}] {run.name}"
+        if run.summary.exists() and not cfg.overwrite:
+            print(f"{name}: finished", flush=True)
+        elif cfg.dry_run:
+            print(f"{name}: would be run", flush=True)
+        else:
+            commands[run.name] = command(cfg, name, run, experiments.jobs)
+    codes, stopped = run_side_by_side(list(commands.values()), places)
+    if stopped:
+        raise Stopped(stopped)
+    failed = [name for name, of_run in commands.items() if codes[of_run.name]]
     done = [str(run.summary.parent) for run in runs if run.summary.exists()]
     if done and plot_loss.main(["compare", *done, "--log_dir", cfg.log_dir]):
         failed.append("the comparison")
@@ -188,32 +214,32 @@ def as_flags(settings: dict) -> list[str]:
     return flags
 
 
-def execute(run: Experiment) -> int:
-    """The exit code of the run, in a process of its own: its faults do not end the night.
+def find_places(jobs: int, device: str) -> list[dict[str, str]]:
+    """The environment of each of `jobs` commands at a time, which run with `--device device`.
 
-    Told to stop, it tells the run, and waits until that has saved.
+    One alone is left to choose. Raises `UserError` where there are not as many GPUs.
     """
-    script, received = Path(__file__).with_name("train_slsd_seq.py"), []
-    before = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, *STOPPING)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
-    try:
-        process, told = subprocess.Popen([sys.executable, script, *run.argv]), set()
-        while True:
-            for number in set(received) - told:
-                told.add(number)
-                # Of Ctrl-C the terminal has told the run too, and a second one would kill it.
-                if number != signal.SIGINT:
-                    process.send_signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                # Finished although it was told to stop: what comes next is not begun.
-                code = process.wait(timeout=SECONDS_TO_LOOK)
-                return code or (128 + received[0] if received else 0)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if jobs == 1:
+        return [{}]
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: with --jobs {jobs} give auto, cuda or cpu")
+    has_gpu = device != "cpu" and torch.cuda.is_available()
+    if not has_gpu and device != "cuda":
+        threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        return [{"OMP_NUM_THREADS": str(max(1, threads // jobs))}] * jobs
+    gpus = gpus_by_free_memory() if has_gpu else []
+    if len(gpus) < jobs:
+        raise UserError(f"--jobs {jobs}: there are {len(gpus)} GPUs; give at most one job a GPU")
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
+
+
+def command(cfg, name: str, run: Experiment, jobs: int) -> Command:
+    """The run in a process of its own: its faults do not end the night."""
+    script, output = Path(__file__).with_name("train_slsd_seq.py"), None
+    if jobs > 1:
+        output = Path(cfg.log_dir) / f"{run.name.replace('/', '_')}.txt"
+        output.parent.mkdir(parents=True, exist_ok=True)
+    return Command(name, [sys.executable, str(script), *run.argv], output)
 
 
 def check_finished(run: Experiment) -> None:

@@ -1,20 +1,17 @@
 """Many runs by one command: what is planned, refused, done again and compared."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import types
 
 import pytest
-from helpers import ROOT, errors, make_rows, read, write_rows
+import torch
+from helpers import errors, make_rows, outcome, read, write_rows
 
 import run_experiments
 import train_slsd_seq
 from configs.command_line import UserError
 from methods import parse_config
-from run_experiments import VARIANTS, Experiments, plan
+from run_experiments import VARIANTS, Experiments, find_places, plan
 
 
 def planned(argv):
@@ -90,8 +87,12 @@ def test_what_is_missing_is_run_and_the_rest_left_alone(flags, tmp_path, capfd, 
 
     blocked.unlink()
     started = []
-    execute = run_experiments.execute
-    monkeypatch.setattr(run_experiments, "execute", lambda run: started.append(run) or execute(run))
+    run_all = run_experiments.run_side_by_side
+    monkeypatch.setattr(
+        run_experiments,
+        "run_side_by_side",
+        lambda commands, places: started.extend(commands) or run_all(commands, places),
+    )
     assert run_experiments.main(argv) == 0
     out = capfd.readouterr().out
     assert len(started) == 1 and "[1/2] seq_lora@2/seed7: finished" in out
@@ -104,35 +105,65 @@ def test_what_is_missing_is_run_and_the_rest_left_alone(flags, tmp_path, capfd, 
 
 
 def test_an_interrupt_ends_all(flags, capsys, monkeypatch):
-    monkeypatch.setattr(run_experiments, "execute", lambda run: 130)
+    monkeypatch.setattr(run_experiments, "run_side_by_side", lambda *_: ({}, signal.SIGINT))
     assert run_experiments.main([*flags(), "--methods", "seq_lora", "replay"]) == 130
-    assert "replay" not in capsys.readouterr().out
+    assert "the same command goes on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_run_is_told_to_stop_and_waited_for(number, tmp_path):
-    """The stand-in for a run takes a second to save; that it did is seen after our own end."""
-    saved = tmp_path / "saved"
-    run = (
-        "import pathlib, signal, sys, time\n"
-        f"def stop(n, _):\n    time.sleep(1); pathlib.Path({str(saved)!r}).touch(); sys.exit(9)\n"
-        "[signal.signal(n, stop) for n in (1, 2, 15)]\n"
-        "print('ready', flush=True); time.sleep(30)"
+@pytest.mark.parametrize(("part", "chosen"), [("1/2", [0, 2]), ("2/2", [1]), ("3/3", [2])])
+def test_the_parts_are_all_runs_once(flags, capsys, monkeypatch, part, chosen):
+    given = []
+    monkeypatch.setattr(
+        run_experiments,
+        "run_side_by_side",
+        lambda commands, places: given.extend(commands) or ({c.name: 0 for c in commands}, 0),
     )
-    code = (
-        "import subprocess, sys, types, run_experiments\n"
-        "plain = subprocess.Popen\n"
-        f"subprocess.Popen = lambda argv: plain([sys.executable, '-c', {run!r}])\n"
-        "sys.exit(run_experiments.execute(types.SimpleNamespace(argv=[])))"
-    )
-    command = [sys.executable, "-c", code]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    # A terminal tells the whole group of an interrupt, a scheduler only the first process.
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    assert process.wait(20) == 9 and saved.exists()
+    argv = [*flags(), "--methods", "seq_lora", "--seeds", "1", "2", "3", "--part", part]
+    assert run_experiments.main(argv) == 0
+    assert [c.name for c in given] == [f"[{i + 1}/3] seq_lora/seed{i + 1}" for i in chosen]
+    assert run_experiments.main([*argv, "--part", "4/3"]) == 2
+    assert errors(capsys) == ["error: part is '4/3': give 1/3 to 3/3"]
+
+
+def test_two_at_a_time_give_the_results_of_one(flags, tmp_path, capsys, monkeypatch):
+    """The real command, two runs that fill one prefix store; on one thread each, bit for bit."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small = {"max_steps_per_task": 2, "eval_samples_per_task": 2, "task_order": ["T2_math"]}
+    here = {"log_dir": tmp_path / "two" / "logs", "save_dir": tmp_path / "two" / "checkpoints"}
+    both = ["--methods", "seq_lora", "slsd"]
+    assert run_experiments.main([*flags(**small, **here), *both, "--jobs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "[1/2] seq_lora@2/seed42: done" in out and "[2/2] slsd@2/seed42: done" in out
+    assert "average final loss" in (tmp_path / "two/logs/slsd@2_seed42.txt").read_text()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for run in planned([*flags(**small), *both]):
+            assert train_slsd_seq.main(run.argv) == 0
+            for name in ("logs", "checkpoints"):
+                alone, beside = (
+                    outcome(folder / name / run.name) for folder in (tmp_path, tmp_path / "two")
+                )
+                for found in (alone, beside):
+                    found.get("seq_summary.json", {"config": {}})["config"].pop("prefix_store", "")
+                assert alone == beside
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_places(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert find_places(1, "cuda:1") == [{}]
+    assert find_places(2, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 2
+    assert find_places(9, "auto")[8] == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setattr(run_experiments.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run_experiments, "gpus_by_free_memory", lambda: ["GPU-b", "GPU-c", "GPU-a"])
+    expected = [{"CUDA_VISIBLE_DEVICES": "GPU-b"}, {"CUDA_VISIBLE_DEVICES": "GPU-c"}]
+    assert find_places(2, "auto") == find_places(2, "cuda") == expected
+    with pytest.raises(UserError, match="--jobs 4: there are 3 GPUs"):
+        find_places(4, "auto")
+    with pytest.raises(UserError, match="--device cuda:1: with --jobs 2"):
+        find_places(2, "cuda:1")
 
 
 def test_a_finished_run_of_another_model_or_other_data_is_not_taken_for_this_one(flags, tmp_path):
@@ -151,19 +182,3 @@ def test_a_finished_run_of_another_model_or_other_data_is_not_taken_for_this_one
     run.summary.write_text(json.dumps(summary))
     with pytest.raises(UserError, match="weights others ->"):
         planned(argv)
-
-
-@pytest.mark.parametrize(("code", "ours"), [(-15, 143), (143, 143), (-2, 130), (-1, 129)])
-def test_a_run_that_is_stopped_while_it_imports_stops_all(flags, capsys, monkeypatch, code, ours):
-    started = []
-    monkeypatch.setattr(run_experiments, "execute", lambda run: started.append(run) or code)
-    assert run_experiments.main([*flags(), "--methods", "seq_lora", "replay"]) == ours
-    assert len(started) == 1 and "failed" not in capsys.readouterr().err
-
-
-def test_what_comes_after_a_signal_is_not_begun(monkeypatch):
-    """Though the run at hand finishes."""
-    plain = subprocess.Popen
-    code = "import os, signal; os.kill(os.getppid(), signal.SIGINT)"
-    monkeypatch.setattr(subprocess, "Popen", lambda argv: plain([sys.executable, "-c", code]))
-    assert run_experiments.execute(types.SimpleNamespace(argv=[])) == 130

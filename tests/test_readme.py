@@ -62,7 +62,8 @@ def test_both_languages_give_the_same_numbers():
 )
 def test_every_command_of_the_readme_is_understood(command, capsys):
     """Its options are known: an unknown one would be refused before --help is looked at."""
-    words = shlex.split(command)
+    # What is given to a scheduler in quotes is a command too.
+    words = [word for part in shlex.split(command) for word in part.split()]
     place = next(i for i, word in enumerate(words) if word.endswith(".py"))
     if words[place] not in MAINS:
         assert (ROOT / words[place]).exists()

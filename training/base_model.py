@@ -45,9 +45,8 @@ def select_device(wanted: str = "auto") -> torch.device:
     if num_processes() > 1:
         return _own_gpu(wanted)
     if wanted == "auto":
-        freest = _freest_gpu()
-        if freest:
-            os.environ["CUDA_VISIBLE_DEVICES"] = freest
+        if gpus := gpus_by_free_memory():
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
         return torch.device("cuda:0" if count else "cpu")
@@ -75,15 +74,15 @@ def _own_gpu(wanted: str) -> torch.device:
     return device
 
 
-def _freest_gpu() -> str | None:
-    """UUID of the GPU with the most free memory among those in CUDA_VISIBLE_DEVICES, if any."""
+def gpus_by_free_memory() -> list[str]:
+    """UUIDs of the GPUs in CUDA_VISIBLE_DEVICES, those with the most free memory first."""
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(
             query, capture_output=True, text=True, timeout=30, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     allowed = None if visible is None else [entry.strip() for entry in visible.split(",")]
     free = {}
@@ -94,7 +93,7 @@ def _freest_gpu() -> str | None:
         ):
             # A GPU cut into MIG instances reports no number.
             free[uuid] = int(memory) if memory.isdigit() else 0
-    return max(free, key=free.get) if free else None
+    return sorted(free, key=free.get, reverse=True)
 
 
 def _location(cfg) -> dict:

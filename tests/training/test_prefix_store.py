@@ -72,24 +72,26 @@ def test_a_run_from_the_store_has_the_bits_of_one_in_memory(
     assert sorted(store.rglob("*")) == sorted([*files, files[0].parent])
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_the_first_epoch_runs_no_frozen_layer(argv, tmp_path, saves, monkeypatch, steps):
+def test_the_first_epoch_runs_no_frozen_layer(argv, tmp_path, saves, monkeypatch):
     """Nor, with fewer steps than an epoch, are samples read that the run never meets."""
-    given = {"prefix_store": tmp_path / "store", "num_epochs": 1, "max_steps_per_task": steps}
-    single = ["--task", "T2_math"]
-    rows, run = [], FrozenPrefix.run_bottom
+    rows, run, sizes = [], FrozenPrefix.run_bottom, []
 
     def counted(self, ids):
         rows.append(len(ids))
         return run(self, ids)
 
-    assert train_single_task.main([*single, *argv("first", **given)]) == 0
     monkeypatch.setattr(FrozenPrefix, "run_bottom", counted)
-    assert train_single_task.main([*single, *argv("second", **given)]) == 0
-    # One token, for its width.
-    assert rows == [1]
-    stored = [file.stat().st_size for file in (tmp_path / "store").rglob("*.safetensors")]
-    assert len(stored) == len(saves) == 2
+    for steps in (1, 0):
+        store = tmp_path / f"store{steps}"
+        given = {"prefix_store": store, "num_epochs": 1, "max_steps_per_task": steps}
+        given = ["--task", "T2_math", *argv("run", **given, overwrite=True)]
+        assert train_single_task.main(given) == 0
+        rows.clear()
+        assert train_single_task.main(given) == 0
+        # One token, for its width.
+        assert rows == [1]
+        sizes.append(sum(file.stat().st_size for file in store.rglob("*.safetensors")))
+    assert len(saves) == 4 and 1.5 * sizes[0] < sizes[1]
 
 
 def one_pass(seed=0, lengths=(20, 9)):
@@ -118,7 +120,8 @@ def test_rows_are_mapped_and_outlive_their_files(tmp_path):
     (tmp_path / "group").rmdir()
     assert torch.equal(*kept) and torch.equal(kept[0], prefix.outputs(samples, batch["input_ids"]))
     # The folder is made again.
-    FrozenPrefix(model, 2, 10**9, PrefixStore(tmp_path, "group", 10**9)).keep(samples, batch)
+    prefix.drop(prefix.sample_ids())
+    prefix.keep(samples, batch)
     assert files_in(tmp_path).keys() == {name}
 
 
