@@ -6,12 +6,9 @@ and again. Every other option goes to all runs, whose folders lie below --log_di
 
 import dataclasses
 import hashlib
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 import plot_loss
 from configs.command_line import Knobs, Stopped, UserError, default_of, knob, value_of_option
@@ -19,9 +16,8 @@ from configs.ending import command_line
 from methods import METHODS, find_method, knob_names, parse_config
 from models.reading import MIB, read_json
 from tasks import TASKS
-from training.base_model import gpus_by_free_memory
 from training.identity import describe_base, differences, run_identity
-from training.side_by_side import Command, run_side_by_side
+from training.side_by_side import Command, find_places, run_side_by_side
 
 VARIANTS = {
     name: {"method": method.name, **settings}
@@ -212,25 +208,6 @@ def as_flags(settings: dict) -> list[str]:
     for name, value in settings.items():
         flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
-
-
-def find_places(jobs: int, device: str) -> list[dict[str, str]]:
-    """The environment of each of `jobs` commands at a time, which run with `--device device`.
-
-    One alone is left to choose. Raises `UserError` where there are not as many GPUs.
-    """
-    if jobs == 1:
-        return [{}]
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: with --jobs {jobs} give auto, cuda or cpu")
-    has_gpu = device != "cpu" and torch.cuda.is_available()
-    if not has_gpu and device != "cuda":
-        threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-        return [{"OMP_NUM_THREADS": str(max(1, threads // jobs))}] * jobs
-    gpus = gpus_by_free_memory() if has_gpu else []
-    if len(gpus) < jobs:
-        raise UserError(f"--jobs {jobs}: there are {len(gpus)} GPUs; give at most one job a GPU")
-    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
 
 
 def command(cfg, name: str, run: Experiment, jobs: int) -> Command:

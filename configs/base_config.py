@@ -231,6 +231,7 @@ class BaseConfig(Knobs):
         100.0,
         "GiB of disk for prefix_store; what was used longest ago gives way; 0: no store",
         at_least=0,
+        at_most=2**20,
         decides=False,
     )
     gradient_checkpointing: bool = knob(

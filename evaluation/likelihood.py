@@ -16,7 +16,7 @@ from models.forward import evaluation, picked_log_probs, response_logits, respon
 from tasks.choice import LIKELIEST, normal
 from training.passes import Passes, progress_bar
 from training.processes import gather
-from utils_data import REJECTED, InstructionDataset, PromptTemplate
+from utils_data import REJECTED, InstructionDataset
 
 PREFERRED = "preferred"
 
@@ -31,10 +31,10 @@ def choose(stage: Stage, reading: str, questions: Questions) -> list[dict]:
     rows = [row for row in questions.rows if normal(row["output"]) in right]
     if not rows:
         return []
-    tokenizer = stage.passes.tokenizer
-    responses = PromptTemplate(tokenizer).responses([{"output": option} for option in options])
+    template = stage.passes.template
+    responses = template.responses([{"output": option} for option in options])
     room = stage.cfg.max_seq_len - max(map(len, responses))
-    prompts = prompt_ids(tokenizer, rows, room)
+    prompts = prompt_ids(template, rows, room)
     chosen = {}
     for source, of_source in sources_of(
         stage, reading, questions.task, prompt_samples(prompts)

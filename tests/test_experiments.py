@@ -11,7 +11,9 @@ import run_experiments
 import train_slsd_seq
 from configs.command_line import UserError
 from methods import parse_config
-from run_experiments import VARIANTS, Experiments, find_places, plan
+from run_experiments import VARIANTS, Experiments, plan
+from training import side_by_side
+from training.side_by_side import find_places
 
 
 def planned(argv):
@@ -156,8 +158,8 @@ def test_places(monkeypatch):
     assert find_places(1, "cuda:1") == [{}]
     assert find_places(2, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 2
     assert find_places(9, "auto")[8] == {"OMP_NUM_THREADS": "1"}
-    monkeypatch.setattr(run_experiments.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(run_experiments, "gpus_by_free_memory", lambda: ["GPU-b", "GPU-c", "GPU-a"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(side_by_side, "gpus_by_free_memory", lambda: ["GPU-b", "GPU-c", "GPU-a"])
     expected = [{"CUDA_VISIBLE_DEVICES": "GPU-b"}, {"CUDA_VISIBLE_DEVICES": "GPU-c"}]
     assert find_places(2, "auto") == find_places(2, "cuda") == expected
     with pytest.raises(UserError, match="--jobs 4: there are 3 GPUs"):

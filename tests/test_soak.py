@@ -51,7 +51,11 @@ def commands(flags, tmp_path):
 @pytest.fixture
 def in_process(monkeypatch):
     """The runs are not processes of their own: importing takes longer than they do."""
-    monkeypatch.setattr(run_experiments, "execute", lambda run: train_slsd_seq.main(run.argv))
+
+    def run_here(commands, _):
+        return {of.name: train_slsd_seq.main(of.argv[2:]) for of in commands}, 0
+
+    monkeypatch.setattr(run_experiments, "run_side_by_side", run_here)
 
 
 def left_by(folder):

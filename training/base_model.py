@@ -122,6 +122,11 @@ def _explain(cfg, error: Exception) -> UserError:
             "model with .safetensors"
         )
     # Only an OSError can be the hub's.
+    if os.path.isabs(name) and not os.path.lexists(name):
+        return UserError(
+            f"--model_name {name}: there is no such folder; give one, a hub id, or try --config "
+            "smollm2"
+        )
     if os.path.exists(name) or not isinstance(error, OSError):
         first, *more = str(error).strip().splitlines() or ["no reason given"]
         reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first

@@ -75,7 +75,8 @@ def unfit_tokenizer(tokenizer, size: int) -> str:
     if tokenizer.eos_token_id is None:
         return "has no eos token, which ends a response"
     if tokenizer.eos_token_id >= size:
-        return f"has the eos token {tokenizer.eos_token_id}, and the model {size} embeddings"
+        eos = tokenizer.eos_token
+        return f"has eos token {tokenizer.eos_token_id} beyond {size} embeddings ({eos!r})"
     # A special token that no text holds, such as a padding added later, does no harm.
     added = [t for t in tokenizer.added_tokens_decoder.values() if t.special]
     harmless = {str(t) for t in added} - {tokenizer.eos_token, tokenizer.bos_token}

