@@ -1,6 +1,7 @@
 """A tiny random LLaMA and a tiny tokenizer, made once a session; nothing is downloaded."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ from configs.base_config import TASKS, BaseConfig
 from methods import METHODS, find_method, knob_names, run_config
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # Started by nohup: what is ignored stays so, and tests send it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser):

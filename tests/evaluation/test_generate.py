@@ -161,7 +161,7 @@ def test_a_sequence_tells_its_first_answers_side_by_side(flags, tmp_path, capsys
     scores = read(tmp_path / "logs" / "seq_scores.jsonl")
     base = {("base", task) for task in TASKS}
     assert {(s["stage"], s["task"]) for s in scores} == {(s, t) for s, t, _ in seen} | base
-    # The names of the columns; T2 has no reference with ####, and so no strict score: flexible stands for it.
+    # T2 has no reference with ####, and so no strict score: flexible stands for it.
     assert re.search(r"stage +T1_?\w* rouge_l +T2_?\w* flexible +T3_?\w* rouge_l", printed)
     answers = read(tmp_path / "logs" / "seq_gen_T3_code_T1_general.jsonl")
     assert len(answers) == 3 and all(a["branches"] == "latest" for a in answers)
