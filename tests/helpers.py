@@ -162,7 +162,14 @@ def make_journal(cfg, model, tokenizer) -> Journal:
     return Journal(cfg, of_run, {"base_model": "tiny"}, state, {})
 
 
-CLOCK = ("tokens_per_second", "train_seconds", "evaluate_seconds", "log_dir", "save_dir")
+CLOCK = (
+    "tokens_per_second",
+    "train_seconds",
+    "evaluate_seconds",
+    "log_dir",
+    "save_dir",
+    "prefix_store",
+)
 
 
 def without_clock(value):
