@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from configs.base_config import TASKS, BaseConfig
 from methods import METHODS, find_method, knob_names, run_config
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+# A tiny model gains nothing from a second thread, and threads that wait for one another spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
