@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from configs.command_line import Knobs, UserError, command_line, knob
 from methods import METHODS, find_method, parse_config
-from training.base_model import select_device as select_device
+from training.device import select_device as select_device
 from training.loop import TaskTraining, evaluate_loss
 from training.plan import visits_again
 from training.session import set_up

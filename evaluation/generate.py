@@ -15,9 +15,6 @@ from training.passes import Passes, progress_bar
 from training.processes import gather
 from utils_data import PromptTemplate
 
-# A token in the cache takes far less memory than one in a training pass.
-TOKENS_IN_CACHE = 16
-
 
 def prompt_samples(prompts: list[list[int]]) -> list[dict]:
     """Prompts (token ids) as samples without a response."""
@@ -68,15 +65,14 @@ def generate(
     model, tokenizer = passes.model, passes.tokenizer
 
     def run() -> dict[int, str]:
-        replies, start = {}, 0
+        replies, start, room = {}, 0, passes.tokens_in_cache
         progress = progress_bar(len(prompts), description, "answer")
         with evaluation(model), greedy(model, tokenizer, max_new_tokens), progress:
             while start < len(mine):
-                passes.stop.check()
                 longest = len(prompts[mine[start]]) + max_new_tokens
-                size = max(1, TOKENS_IN_CACHE * passes.tokens_per_pass // longest)
+                size = max(1, room // longest)
                 batch = mine[start : start + size]
-                passes.samples_in_pass = len(batch)
+                passes.begin(len(batch))
                 chosen = [prompts[i] for i in batch]
                 inputs = left_padded(chosen, tokenizer.pad_token_id, passes.device)
                 outputs = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]

@@ -23,8 +23,8 @@ from training.base_model import (
     describe_base,
     load_model,
     load_tokenizer,
-    select_device,
 )
+from training.device import select_device
 from training.loop import evaluate_loss
 from training.passes import Passes, StopSignals
 from training.processes import gather

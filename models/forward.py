@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers import masking_utils
 
 # The label of a token that is not predicted: the prompt's and padding's, as in transformers.
 IGNORE = -100
@@ -42,10 +44,18 @@ def response_logits(
         lambda _, args: (args[0].flatten(0, 1)[positions],)
     )
     try:
-        with start():
+        with start(), one_sample_a_row():
             return model(input_ids=input_ids, use_cache=False).logits
     finally:
         hook.remove()
+
+
+def one_sample_a_row():
+    """Within the block transformers does not look for several samples packed in a row.
+
+    It asks the device, which the host would wait for in every pass, and there are none.
+    """
+    return mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
 
 
 class _PickedLogProbs(torch.autograd.Function):
@@ -59,7 +69,7 @@ class _PickedLogProbs(torch.autograd.Function):
     def forward(ctx, logits, ids, temperature):
         log_sums = [
             _scaled(rows, temperature).logsumexp(-1, keepdim=True)
-            for rows in logits.split(_block(logits))
+            for rows in logits.split(block_rows(logits))
         ]
         log_sum = torch.cat(log_sums) if log_sums else logits[:, :1].float()
         ctx.save_for_backward(logits, ids, log_sum)
@@ -71,7 +81,7 @@ class _PickedLogProbs(torch.autograd.Function):
     def backward(ctx, grad):
         logits, ids, log_sum = ctx.saved_tensors
         result = logits.clone() if ctx.is_leaf else logits
-        step = _block(logits)
+        step = block_rows(logits)
         parts = (tensor.split(step) for tensor in (result, ids, log_sum, grad / ctx.temperature))
         for rows, of_ids, of_sum, of_grad in zip(*parts, strict=True):
             in_place = rows if rows.dtype == torch.float32 else None
@@ -87,8 +97,11 @@ def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
-def _block(logits: torch.Tensor) -> int:
-    # Rows at a time. On a CPU they stay in the cache; on a GPU they are worth their launches.
+def block_rows(logits: torch.Tensor) -> int:
+    """How many rows of (n, vocabulary) logits are worked on at a time.
+
+    On a CPU they stay in the cache; on a GPU they are worth their launches.
+    """
     return max(1, (2**25 if logits.is_cuda else 2**20) // logits.shape[-1])
 
 

@@ -1,11 +1,10 @@
-"""The device, the base model and its tokenizer."""
+"""The base model and its tokenizer."""
 
 import ctypes
 import hashlib
 import importlib.util
-import os
+import logging
 import re
-import subprocess
 from pathlib import Path
 
 import torch
@@ -21,81 +20,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from configs.command_line import (
-    UserError,
-    local_rank,
-    num_processes,
-    processes_here,
-    shows_progress,
-)
+from configs.command_line import UserError, shows_progress
+from models.fused import fuse_norms
+from training.device import is_out_of_memory
 from training.saving import file_sha256
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-
-
-def select_device(wanted: str = "auto") -> torch.device:
-    """`wanted`, or for "auto" the GPU with the most free memory, and the CPU where there is none.
-
-    Asks nvidia-smi, since a CUDA query would leave a context of some 500 MB on every GPU it asks.
-    Makes the chosen GPU the only visible one, so call it before anything else touches CUDA.
-    Raises `UserError` where a GPU is wanted that is not there.
-    """
-    if wanted == "cpu":
-        return torch.device("cpu")
-    if num_processes() > 1:
-        return _own_gpu(wanted)
-    if wanted == "auto":
-        freest = _freest_gpu()
-        if freest:
-            os.environ["CUDA_VISIBLE_DEVICES"] = freest
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "auto":
-        return torch.device("cuda:0" if count else "cpu")
-    device = torch.device(wanted)
-    if (device.index or 0) >= count:
-        raise UserError(
-            f"--device {wanted}: torch sees {count} GPUs; give auto, cpu or one of them"
-        )
-    return torch.device("cuda", device.index or 0)
-
-
-def _own_gpu(wanted: str) -> torch.device:
-    """One GPU for each process on this machine."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "auto" and not count:
-        return torch.device("cpu")
-    if wanted not in ("auto", "cuda"):
-        raise UserError(f"--device {wanted}: with several processes give auto, cuda or cpu")
-    if count < processes_here():
-        raise UserError(
-            f"{processes_here()} processes for {count} GPUs: start at most one process a GPU"
-        )
-    device = torch.device("cuda", local_rank())
-    torch.cuda.set_device(device)
-    return device
-
-
-def _freest_gpu() -> str | None:
-    """UUID of the GPU with the most free memory among those in CUDA_VISIBLE_DEVICES, if any."""
-    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(
-            query, capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    allowed = None if visible is None else [entry.strip() for entry in visible.split(",")]
-    free = {}
-    for line in answer.splitlines():
-        index, uuid, memory = (part.strip() for part in line.split(","))
-        if allowed is None or any(
-            entry and (entry == index or uuid.startswith(entry)) for entry in allowed
-        ):
-            # A GPU cut into MIG instances reports no number.
-            free[uuid] = int(memory) if memory.isdigit() else 0
-    return max(free, key=free.get) if free else None
 
 
 def _location(cfg) -> dict:
@@ -225,12 +156,18 @@ def load_model(cfg, device: torch.device):
     """The base model in eval mode on `device`.
 
     `cfg.model_name` is a hub id, a folder or a .gguf file. The dtype is the configuration's; "auto"
-    means bf16 on a GPU that has it, else fp16, and fp32 on a CPU. Raises `UserError` where the
+    means bf16 on a GPU that has it, else fp16, and fp32 on a CPU. On a GPU its norms are fused,
+    where that changes nothing. Raises `UserError` where the
     model or what it needs is missing.
     """
     check_device(cfg, device)
     if device.type == "cpu":
         _reuse_freed_memory()
+    else:
+        # It plans anew for every shape: tens of milliseconds, and a decoded token is a new shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if cfg.quantization == "8bit":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
     dtype = model_dtype(cfg, device)
     if not shows_progress():
         transformers_logging.disable_progress_bar()
@@ -250,7 +187,9 @@ def load_model(cfg, device: torch.device):
         raise UserError(
             f"--model_name {cfg.model_name}: its weights cannot be read ({error}); get them anew"
         ) from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"--model_name {cfg.model_name} in {dtype} does not fit {device}: give --quantization "
             "4bit (or 8bit), a GPU with more free memory, or --device cpu"
@@ -261,7 +200,22 @@ def load_model(cfg, device: torch.device):
         raise UserError(
             f"--model_name {cfg.model_name}: {len(names)} weights, such as {names[0]}, are missing"
         )
+    if device.type == "cuda":
+        fuse_norms(model)
     return model.eval()
+
+
+class _Once(logging.Filter):
+    """Lets each message through once: bitsandbytes repeats one in every layer of every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self._seen = set()
+
+    def filter(self, record):
+        is_new = record.getMessage() not in self._seen
+        self._seen.add(record.getMessage())
+        return is_new
 
 
 def _reuse_freed_memory() -> None:

@@ -18,7 +18,7 @@ from configs.command_line import UserError, rank
 from methods.method import JOINT
 
 # Of what a saved state holds: another version's cannot be gone on from.
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 def file_sha256(path: str | Path) -> str:

@@ -25,9 +25,9 @@ from training.base_model import (
     load_model,
     load_tokenizer,
     model_dtype,
-    select_device,
     skeleton,
 )
+from training.device import select_device
 from training.passes import Passes, StopSignals
 from training.plan import check_disk, describe_parameters, report_plan
 from training.processes import all_succeed, from_first, joined
@@ -138,6 +138,7 @@ class Journal:
             "tokens_per_pass": {
                 "given": self.cfg.tokens_per_pass,
                 "used": self.passes.tokens_per_pass,
+                "divisor": self.passes.divisor,
             },
             "prefix_room": {"given": self.cfg.prefix_cache_gib, "used": self.passes.prefix.room},
         }
@@ -154,7 +155,7 @@ class Journal:
         passes = facts["tokens_per_pass"]
         # Halved when memory ran out: it would run out again.
         if passes["given"] == self.cfg.tokens_per_pass:
-            self.passes.tokens_per_pass = passes["used"]
+            self.passes.tokens_per_pass, self.passes.divisor = passes["used"], passes["divisor"]
         room = facts["prefix_room"]
         # What is kept changes the last bits.
         prefix = self.passes.prefix
@@ -210,8 +211,9 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         )
         all_succeed([partial(check_device, cfg, device)])
         about_base = describe_base(cfg)
-        # To be resumed it must also be held and shared alike.
-        held = {"held_as": str(model_dtype(cfg, device)), "processes": num_processes()}
+        # To be resumed it must also be held and shared alike; "auto" is not the same everywhere.
+        held_as = str(model_dtype(cfg, device)).removeprefix("torch.")
+        held = {"dtype": held_as, "processes": num_processes()}
         identity = run_identity(cfg, tasks, about_base) | held
         (saved,) = all_succeed([state.load if is_first() and not cfg.overwrite else lambda: None])
         saved, first = from_first((saved, identity))

@@ -1,6 +1,7 @@
 """Choosing a device and loading a model, with a pretended nvidia-smi and no hub."""
 
 import json
+import logging
 import os
 import shutil
 import stat
@@ -18,8 +19,8 @@ from training.base_model import (
     describe_base,
     load_model,
     load_model_and_tokenizer,
-    select_device,
 )
+from training.device import is_out_of_memory, select_device
 
 CPU = torch.device("cpu")
 
@@ -35,12 +36,16 @@ def smi(tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return install
 
 
-THREE = "0, GPU-aaa, 1000\n1, GPU-bbb, 9000\n2, GPU-ccc, 5000"
+THREE = "\n".join(
+    f"GPU-{uuid}, {number}, {free}, Disabled, NVIDIA H100"
+    for number, (uuid, free) in enumerate([("aaa", 1000), ("bbb", 9000), ("ccc", 5000)])
+)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +81,76 @@ def test_no_gpu_or_a_failing_driver_means_cpu(smi, monkeypatch):
     assert select_device() == CPU
     monkeypatch.setenv("PATH", "")
     assert select_device() == select_device("cpu") == CPU
+
+
+MIXED = THREE.replace("2, 5000, Disabled, NVIDIA H100", "2, 5000, Disabled, NVIDIA L4")
+
+
+@pytest.mark.parametrize(
+    ("answer", "visible", "chosen"),
+    [
+        # Lines of other fields, and a GPU that is lost.
+        ("Unable to determine\n\nGPU-x, 0\n" + THREE, None, "GPU-bbb"),
+        ("No devices were found", None, None),
+        (THREE.replace("9000", "[GPU is lost]"), None, "GPU-ccc"),
+        # The second is cut into MIG instances.
+        (THREE.replace("9000, Disabled", "9000, Enabled"), None, "GPU-ccc"),
+        # The choice is the user's, or CUDA's, whose numbers are not nvidia-smi's.
+        (THREE, "0", "0"),
+        (MIXED, "0,2", "0,2"),
+        (THREE, "MIG-1234,MIG-5678", "MIG-1234,MIG-5678"),
+        # CUDA stops at what it does not know.
+        (THREE, "2,-1,1", "GPU-ccc"),
+    ],
+)
+def test_what_nvidia_smi_says_is_taken_with_care(smi, monkeypatch, answer, visible, chosen):
+    smi(answer)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert select_device() == torch.device("cuda:0")
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == chosen
+
+
+def test_numbers_count_where_cuda_numbers_by_slot(smi, monkeypatch):
+    smi(MIXED)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    select_device()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-ccc"
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_in_a_line(smi, monkeypatch, capsys):
+    smi(THREE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_device() == CPU
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot use the GPU here" in line and "going on on the CPU" in line
+    with pytest.raises(UserError, match="cannot use the GPU here"):
+        select_device("cuda")
+
+
+def test_the_gpu_that_is_named_is_the_current_one(smi, monkeypatch):
+    smi(THREE)
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert select_device("cuda:1") == torch.device("cuda", 1) == current[0]
+
+
+def test_libraries_that_find_no_room_are_out_of_memory_too():
+    for text in ("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"):
+        assert is_out_of_memory(RuntimeError(f"CUDA error: {text} when calling"))
+    assert is_out_of_memory(torch.OutOfMemoryError("")) and not is_out_of_memory(RuntimeError("x"))
+
+
+def test_bitsandbytes_says_a_thing_once(make_config, caplog, monkeypatch):
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(base_model, "_quantization", lambda *_: None)
+    load_model(make_config(quantization="8bit"), CPU)
+    for _ in range(3):
+        logger.warning("inputs will be cast from %s to float16", "bfloat16")
+    assert len(caplog.records) == 1
 
 
 def test_a_gpu_that_is_not_there_is_an_error(smi):
