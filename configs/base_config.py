@@ -225,6 +225,13 @@ class BaseConfig(Knobs):
         False, "check everything, print what would be done, and train nothing", decides=False
     )
 
+    device_tflops: float = knob(
+        0.0,
+        "TFLOP/s of the device in matrix products, from which --dry_run tells hours; 0: measured",
+        at_least=0,
+        decides=False,
+    )
+
     def problems(self):
         found = super().problems()
         if self.kd_forward == "slow" and self.kd_branches == "all":

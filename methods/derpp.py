@@ -40,6 +40,13 @@ class DERPlusPlus(Method):
         super().__init__(cfg, tools)
         self.kept: list[ProbeBuffer] = []
 
+    @classmethod
+    def kept_bytes(cls, cfg, trainable, vocabulary, num_tasks):
+        size = cfg.memory_per_task
+        samples = size if size >= 1 else size * (cfg.max_train_samples or 10_000)
+        tokens = samples * min(cfg.max_seq_len, 256)
+        return int(num_tasks * tokens * (6 * (cfg.kd_top_k or vocabulary) + 12))
+
     def _samples(self) -> list[tuple[ProbeBuffer, int]]:
         return [(buffer, i) for buffer in self.kept for i in range(len(buffer))]
 

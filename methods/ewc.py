@@ -99,6 +99,11 @@ class EWC(Method):
     def kept_bytes(cls, cfg, trainable, vocabulary, num_tasks):
         return 2 * 4 * trainable
 
+    @classmethod
+    def device_bytes(cls, cfg, trainable):
+        # Fisher and anchor, and the penalty's difference, square and product for the backward.
+        return 5 * 4 * trainable
+
     def aux_backward(self, step, backward):
         if self.anchor.fisher and self.cfg.ewc_lambda:
             backward(self.cfg.ewc_lambda * self.anchor.penalty())

@@ -42,6 +42,15 @@ class ILoRA(Replay):
             layer for layer in decoder if any(m in with_branches for m in layer.modules())
         ]
 
+    @classmethod
+    def kept_bytes(cls, cfg, trainable, vocabulary, num_tasks):
+        return 4 * trainable
+
+    @classmethod
+    def device_bytes(cls, cfg, trainable):
+        # The slow copy, and the live weights while it is in place.
+        return 2 * 4 * trainable
+
     def aux_backward(self, step, backward):
         if not self.samples:
             return

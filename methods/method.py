@@ -81,6 +81,11 @@ class Method:
         """About what `state` takes at its largest, with `trainable` parameters."""
         return 0
 
+    @classmethod
+    def device_bytes(cls, cfg, trainable: int) -> int:
+        """What is kept on the device beside the branches; samples and answers are not."""
+        return 0
+
     @property
     def probes(self) -> ProbeBuffer | None:
         """Samples of this task with the answers of the model before it, where it has such."""

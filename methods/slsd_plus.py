@@ -83,6 +83,11 @@ class SLSDPlus(Method):
         answers = samples * min(cfg.max_seq_len, 256) * (6 * (cfg.kd_top_k or vocabulary) + 12)
         return int(num_tasks * answers) + 3 * 4 * trainable
 
+    @classmethod
+    def device_bytes(cls, cfg, trainable):
+        # The anchor as in EWC, and the slow weights.
+        return 6 * 4 * trainable
+
     def _samples(self) -> list[tuple[ProbeBuffer, int]]:
         return [(buffer, i) for buffer in self.kept for i in range(len(buffer))]
 

@@ -19,7 +19,7 @@ from models.forward import response_tokens
 from models.fused import fuse_norms
 from train_slsd_seq import make_method
 from training.loop import TaskTraining, evaluate_loss
-from training.memory import run_bytes
+from training.memory import Shapes, flops_per_token, run_bytes
 from training.passes import Passes, StopSignals
 from training.saving import NoLog, RunState
 from training.session import Journal, Session, enable_checkpointing, inject
@@ -102,7 +102,11 @@ def test_the_plan_is_what_training_takes(shape, length, settings):
         cfg, passes = seven_billion(shape, **settings)
         train(cfg, passes, samples)
         planned = run_bytes(cfg, passes.model, BF16, CUDA, tokens, 0.5, 0)
+        shapes = Shapes.of(passes.model, BF16, CUDA)
+        checkpointing = cfg.gradient_checkpointing
+        flops = sum(flops_per_token(passes.model, shapes, length, 0.5, checkpointing))
     assert planned == pytest.approx(gpu.peak, rel=0.1)
+    assert flops == pytest.approx(gpu.flops / (2 * tokens), rel=0.1)
     assert gpu.rows[BF16] == tokens // 2
     assert_sound(gpu)
 

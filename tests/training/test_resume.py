@@ -309,6 +309,7 @@ def test_a_dry_run_tells_and_writes_nothing(script, seq_flags, tmp_path, capsys)
     assert "T2_math: 12 optimizer steps" in printed
     assert "1,792 trainable parameters, 51,488 frozen" in printed
     assert "GiB of cpu memory" in printed and "MiB of disk" in printed
+    assert "training takes" in printed and "(measured)" in printed
     assert not contents(tmp_path / "dry")
 
 
