@@ -2,12 +2,10 @@
 
 import contextlib
 import hashlib
-from unittest import mock
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers import masking_utils
 
 # The label of a token that is not predicted: the prompt's and padding's, as in transformers.
 IGNORE = -100
@@ -44,18 +42,10 @@ def response_logits(
         lambda _, args: (args[0].flatten(0, 1)[positions],)
     )
     try:
-        with start(), one_sample_a_row():
+        with start():
             return model(input_ids=input_ids, use_cache=False).logits
     finally:
         hook.remove()
-
-
-def one_sample_a_row():
-    """Within the block transformers does not look for several samples packed in a row.
-
-    It asks the device, which the host would wait for in every pass, and there are none.
-    """
-    return mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
 
 
 class _PickedLogProbs(torch.autograd.Function):

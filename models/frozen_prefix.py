@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models.ds_lora import find_decoder_layers
-from models.forward import evaluation, one_sample_a_row, response_logits
+from models.forward import evaluation, response_logits
 
 
 class _StandIn(nn.Module):
@@ -81,7 +81,7 @@ class FrozenPrefix:
         upper = {i: _StandIn(self.layers[i]) for i in range(top, len(self.layers))}
         hook = self.layers[top - 1].register_forward_hook(lambda *args: outputs.append(args[2]))
         try:
-            with _replaced(self.layers, upper), one_sample_a_row():
+            with _replaced(self.layers, upper):
                 self.model.get_decoder()(input_ids=input_ids, use_cache=False)
         finally:
             hook.remove()

@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    masking_utils,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -156,16 +157,12 @@ def load_model(cfg, device: torch.device):
     """The base model in eval mode on `device`.
 
     `cfg.model_name` is a hub id, a folder or a .gguf file. The dtype is the configuration's; "auto"
-    means bf16 on a GPU that has it, else fp16, and fp32 on a CPU. On a GPU its norms are fused,
-    where that changes nothing. Raises `UserError` where the
-    model or what it needs is missing.
+    means bf16 on a GPU that has it, else fp16, and fp32 on a CPU. A GPU is spared, see
+    `spare_the_gpu`. Raises `UserError` where the model or what it needs is missing.
     """
     check_device(cfg, device)
     if device.type == "cpu":
         _reuse_freed_memory()
-    else:
-        # It plans anew for every shape: tens of milliseconds, and a decoded token is a new shape.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     if cfg.quantization == "8bit":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
     dtype = model_dtype(cfg, device)
@@ -201,8 +198,17 @@ def load_model(cfg, device: torch.device):
             f"--model_name {cfg.model_name}: {len(names)} weights, such as {names[0]}, are missing"
         )
     if device.type == "cuda":
-        fuse_norms(model)
+        spare_the_gpu(model)
     return model.eval()
+
+
+def spare_the_gpu(model: torch.nn.Module) -> None:
+    """What has the host wait for a GPU, or a GPU for the host, and changes no result, goes."""
+    # It plans anew for every shape: tens of milliseconds, and a decoded token is a new shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # It asks the device in every pass whether a row holds several samples: here none does.
+    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+    fuse_norms(model)
 
 
 class _Once(logging.Filter):

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import inject, make_model, make_samples, passes, randomise
-from transformers import masking_utils
 
 from models.forward import (
     IGNORE,
@@ -30,17 +29,6 @@ def test_response_logits_are_those_of_the_whole_forward():
     torch.testing.assert_close(logits, torch.cat(expected), atol=1e-5, rtol=1e-5)
     assert targets.tolist() == [t for s in parts for t in s["labels"].tolist() if t != IGNORE]
     assert [response_tokens(s) for s in samples] == [5, 7, 3]
-
-
-def test_the_device_is_not_asked_for_packed_samples(monkeypatch):
-    """And the logits are the same bits."""
-    model = make_model()
-    ((_, batch, _),) = passes(make_samples([9, 14, 5]), 1000)
-    plain = model(input_ids=batch["input_ids"], use_cache=False).logits
-    asked = []
-    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", asked.append)
-    logits = response_logits(model, **batch)
-    assert not asked and torch.equal(logits, plain.flatten(0, 1)[batch["positions"]])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

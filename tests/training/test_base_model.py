@@ -9,8 +9,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers import make_model
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load, save_file
+from transformers import masking_utils
 
 from configs.command_line import UserError
 from training import base_model
@@ -19,6 +21,7 @@ from training.base_model import (
     describe_base,
     load_model,
     load_model_and_tokenizer,
+    spare_the_gpu,
 )
 from training.device import is_out_of_memory, select_device
 
@@ -141,6 +144,25 @@ def test_libraries_that_find_no_room_are_out_of_memory_too():
     for text in ("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"):
         assert is_out_of_memory(RuntimeError(f"CUDA error: {text} when calling"))
     assert is_out_of_memory(torch.OutOfMemoryError("")) and not is_out_of_memory(RuntimeError("x"))
+
+
+def test_on_a_gpu_packed_samples_are_not_looked_for_and_the_results_are_the_same(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        masking_utils, "find_packed_sequence_indices", lambda ids: asked.append(ids)
+    )
+    monkeypatch.setattr(base_model, "fuse_norms", lambda _: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    model, ids = make_model(), torch.randint(3, 300, (2, 9))
+    plain = model(input_ids=ids, use_cache=False).logits
+    assert asked
+    asked.clear()
+    try:
+        spare_the_gpu(model)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, plain) and not asked
 
 
 def test_bitsandbytes_says_a_thing_once(make_config, caplog, monkeypatch):
