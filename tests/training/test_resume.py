@@ -287,7 +287,12 @@ def test_out_of_memory_halves_the_passes_and_repeats_the_step(
     assert "going on with --tokens_per_pass 50" in printed
     assert train_slsd_seq.main(seq_flags("direct", **changes, tokens_per_pass=50)) == 0
     name = "logs/seq_train_loss.jsonl"
-    assert outcome(tmp_path / "small")[name] == outcome(tmp_path / "direct")[name]
+    # The first steps may have fitted: their passes were other ones.
+    small, direct = (
+        [line["loss"] for line in outcome(tmp_path / n)[name]] for n in ("small", "direct")
+    )
+    assert small == pytest.approx(direct, rel=1e-5)
+    assert "1/4 of the tokens a pass" in printed
 
 
 def test_one_sample_that_is_too_much_is_an_error_with_its_cures(seq_flags, monkeypatch, capsys):
