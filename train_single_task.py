@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from configs.command_line import Knobs, UserError, knob
 from configs.ending import command_line
 from methods import METHODS, find_method, parse_config
-from training.base_model import select_device as select_device
+from training.device import select_device as select_device
 from training.loop import TaskTraining, evaluate_loss
 from training.plan import worth_keeping
 from training.session import set_up

@@ -15,7 +15,7 @@ from evaluation.report import SequenceReport
 from methods import find_method, parse_config
 from methods.method import JOINT, Method, Tools
 from models.drift import Drift
-from training.base_model import select_device as select_device
+from training.device import select_device as select_device
 from training.loop import TaskTraining
 from training.plan import count_steps, worth_keeping
 from training.processes import gather, sum_over_processes

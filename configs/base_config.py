@@ -284,6 +284,12 @@ class BaseConfig(Knobs):
     dry_run: bool = knob(
         False, "check everything, print what would be done, and train nothing", decides=False
     )
+    device_tflops: float = knob(
+        0.0,
+        "TFLOP/s of the device in matrix products, from which --dry_run tells hours; 0: measured",
+        at_least=0,
+        decides=False,
+    )
 
     def __post_init__(self):
         if isinstance(self.task_data, list) and isinstance(self.data_paths, dict):

@@ -91,9 +91,13 @@ def _what_ran_out(error: Exception) -> str:
     return "out of memory" if is_full else ""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is one of torch's; for a CPU it has no class of its own."""
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch, or a library beneath it, found no room; for a CPU it has no class of its own.
+
+    cuBLAS and cuDNN allocate behind torch's back, and torch raises what they return.
+    """
+    signs = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    return any(sign in str(error) for sign in signs)
 
 
 def _speaks() -> bool:

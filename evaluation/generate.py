@@ -5,7 +5,6 @@ import contextlib
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from configs.command_line import num_processes, rank
 from configs.ending import printable
 from evaluation.questions import Questions, judge_all
 from evaluation.readings import Stage, read_as, sources_of
@@ -15,9 +14,6 @@ from tasks import find_task
 from training.passes import Passes, progress_bar
 from training.processes import gather
 from utils_data import PromptTemplate
-
-# A token in the cache takes far less memory than one in a training pass.
-TOKENS_IN_CACHE = 16
 
 
 def prompt_samples(prompts: list[list[int]]) -> list[dict]:
@@ -66,26 +62,18 @@ def generate(
 
     The samples are shared among the processes; every one gets all answers.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    mine = order[rank() :: num_processes()]
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     model, tokenizer = passes.model, passes.tokenizer
 
     def run() -> dict[int, str]:
-        replies, start = {}, 0
-        progress = progress_bar(len(prompts), description, "answer")
+        replies, progress = {}, progress_bar(len(prompts), description, "answer")
         with evaluation(model), greedy(model, passes.template, max_new_tokens), progress:
-            while start < len(mine):
-                passes.stop.check()
-                longest = len(prompts[mine[start]]) + max_new_tokens
-                size = max(1, TOKENS_IN_CACHE * passes.tokens_per_pass // longest)
-                batch = mine[start : start + size]
-                passes.samples_in_pass = len(batch)
+            for batch in passes.batches(lengths):
                 chosen = [prompts[i] for i in batch]
                 inputs = left_padded(chosen, tokenizer.pad_token_id, passes.device)
                 outputs = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
                 texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
                 replies.update(zip(batch, (text.strip() for text in texts), strict=True))
-                start += len(batch)
                 progress.update(len(batch))
         return replies
 

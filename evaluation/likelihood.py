@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from configs.command_line import num_processes, rank
-from evaluation.generate import TOKENS_IN_CACHE, left_padded, prompt_ids, prompt_samples
+from evaluation.generate import left_padded, prompt_ids, prompt_samples
 from evaluation.questions import Questions, score
 from evaluation.readings import Stage, read_as, sources_of
 from models.answers import everywhere
@@ -54,26 +53,20 @@ def option_losses(
     A prompt is read once, whatever the number of its options. The prompts are shared among the
     processes; every one gets all losses.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    mine = order[rank() :: num_processes()]
     longest = max(map(len, options))
+    # After each option the prompt stands in the cache once more.
+    lengths = [(len(prompt) + longest) * len(options) for prompt in prompts]
 
     def run() -> dict[int, torch.Tensor]:
-        found, start = {}, 0
+        found = {}
         progress = progress_bar(len(prompts), "likeliest option", "sample")
         with evaluation(passes.model), progress:
-            while start < len(mine):
-                passes.stop.check()
-                tokens = (len(prompts[mine[start]]) + longest) * len(options)
-                size = max(1, TOKENS_IN_CACHE * passes.tokens_per_pass // tokens)
-                batch = mine[start : start + size]
-                passes.samples_in_pass = len(batch)
+            for batch in passes.batches(lengths):
                 inputs = left_padded(
                     [prompts[i] for i in batch], passes.tokenizer.pad_token_id, passes.device
                 )
                 losses = _losses(passes.model, inputs, options, passes.tokenizer.pad_token_id)
                 found.update(zip(batch, losses.cpu(), strict=True))
-                start += len(batch)
                 progress.update(len(batch))
         return found
 

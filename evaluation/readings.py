@@ -22,8 +22,8 @@ from training.base_model import (
     check_model,
     load_model,
     load_tokenizer,
-    select_device,
 )
+from training.device import select_device
 from training.identity import base_identity, describe_base, differences
 from training.loop import evaluate_loss
 from training.passes import Passes, StopSignals

@@ -7,6 +7,7 @@ eq. 11).
 
 import torch
 
+from methods.method import branch_bytes
 from methods.replay import Replay
 from models.ds_lora import BRANCHES, branch_parameters
 
@@ -16,6 +17,11 @@ class AGEM(Replay):
         super().__init__(cfg, tools)
         self.params = [p for branch in BRANCHES for p in branch_parameters(self.model, branch)]
         self.reference: torch.Tensor | None = None
+
+    @classmethod
+    def device_bytes(cls, cfg, model, positions):
+        # The reference and the gradient, each as one tensor, and what is subtracted.
+        return 3 * branch_bytes(model)
 
     def aux_backward(self, step, backward):
         self.reference = None

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from configs.command_line import Knobs, knob
-from methods.memory import MemoryKnobs, choose_kept, draw, learn_again
+from methods.memory import (
+    MemoryKnobs,
+    answer_bytes,
+    choose_kept,
+    draw,
+    learn_again,
+    num_kept_of,
+)
 from methods.method import Method
 from models.answers import (
     ProbeBuffer,
@@ -39,6 +46,10 @@ class DERPlusPlus(Method):
     def __init__(self, cfg, tools):
         super().__init__(cfg, tools)
         self.kept: list[ProbeBuffer] = []
+
+    @classmethod
+    def kept_bytes(cls, cfg, model, sizes):
+        return sum(answer_bytes(cfg, model, num_kept_of(cfg, size)) for size in sizes)
 
     @property
     def num_kept(self):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from configs.command_line import Knobs, knob
-from methods.method import Method, Tools
+from methods.method import Method, Tools, branch_bytes
 from models.ds_lora import BRANCHES, branch_parameters
 from models.forward import cross_entropy, evaluation, response_logits
 
@@ -88,6 +88,12 @@ class Anchor:
         self.fisher, self.values = part("fisher"), part("anchor")
 
 
+def anchor_bytes(model) -> int:
+    """Of an `Anchor` on the device: Fisher and values, and what the penalty's backward needs of
+    them, which are the difference, its square and the product."""
+    return 5 * branch_bytes(model)
+
+
 class EWC(Method):
     knobs = (EWCKnobs, FisherKnobs)
 
@@ -96,8 +102,12 @@ class EWC(Method):
         self.anchor = Anchor(cfg, tools)
 
     @classmethod
-    def kept_bytes(cls, cfg, trainable, vocabulary, num_tasks):
-        return 2 * 4 * trainable
+    def kept_bytes(cls, cfg, model, sizes):
+        return 2 * branch_bytes(model)
+
+    @classmethod
+    def device_bytes(cls, cfg, model, positions):
+        return anchor_bytes(model)
 
     def aux_backward(self, step, backward):
         if self.anchor.fisher and self.cfg.ewc_lambda:

@@ -7,7 +7,7 @@ from typing import Literal
 from configs.command_line import Knobs, knob
 from methods.method import Tools
 from models.consolidation import Consolidation, gram_matrices
-from models.ds_lora import freeze_branch, reset_branch
+from models.ds_lora import ds_lora_layers, freeze_branch, reset_branch
 
 PREFIX = "gram:"
 
@@ -49,6 +49,15 @@ class Folding:
             rank = cfg.gram_rank
             self.consolidation = Consolidation(self.model, cfg.gram_c, cfg.gram_ridge, rank)
             freeze_branch(self.model, "slow")
+
+    @staticmethod
+    def kept_bytes(cfg, model) -> int:
+        """Of the Gram matrices, on the device as in a state; see `gram_matrices`."""
+        layers = ds_lora_layers(model) if cfg.consolidate == "gram" else {}
+        widths = {name: layer.base_layer.in_features for name, layer in layers.items()}
+        # Layers of one place and width have one input.
+        inputs = {(name.rpartition(".")[0], width) for name, width in widths.items()}
+        return sum(4 * width**2 for _, width in inputs)
 
     def begin_task(self, task: str, previous: str | None) -> None:
         """Fast begins anew."""

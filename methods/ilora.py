@@ -16,6 +16,7 @@ import torch
 
 from configs.command_line import Knobs, knob
 from methods.memory import MemoryKnobs, draw
+from methods.method import branch_bytes
 from methods.replay import Replay
 from models.ds_lora import BRANCHES, branch_parameters, ds_lora_layers, find_decoder_layers
 from models.forward import cross_entropy, response_logits, response_tokens
@@ -41,6 +42,15 @@ class ILoRA(Replay):
         self.layers = [
             layer for layer in decoder if any(m in with_branches for m in layer.modules())
         ]
+
+    @classmethod
+    def kept_bytes(cls, cfg, model, sizes):
+        return super().kept_bytes(cfg, model, sizes) + branch_bytes(model)
+
+    @classmethod
+    def device_bytes(cls, cfg, model, positions):
+        # The slow copy, and the live weights while it is in place.
+        return 2 * branch_bytes(model)
 
     def aux_backward(self, step, backward):
         if not self.samples:

@@ -21,15 +21,30 @@ class LwF(SLSD):
     variants = {}
 
     def __init__(self, cfg, tools):
-        cfg = copy.copy(cfg)
-        vars(cfg).update(
-            use_slsd=True,
-            consolidate="none",
-            fast_init="continue",
-            kd_branches="all",
-            kd_forward="joint",
-            kd_probes="current",
-            probe_choice="random",
-            probe_size_per_task=cfg.kd_batch_size * -(-tools.most_steps // cfg.kd_every),
-        )
-        super().__init__(cfg, tools)
+        super().__init__(as_slsd(cfg, tools.most_steps), tools)
+
+    @classmethod
+    def kept_bytes(cls, cfg, model, sizes):
+        steps = cfg.num_epochs * -(-max(sizes) // cfg.samples_per_step)
+        own = as_slsd(cfg, min(steps, cfg.max_steps_per_task or steps))
+        return super().kept_bytes(own, model, sizes)
+
+    @classmethod
+    def device_bytes(cls, cfg, model, positions):
+        return super().device_bytes(as_slsd(cfg, 0), model, positions)
+
+
+def as_slsd(cfg, most_steps: int):
+    """`cfg` as SLSD takes it to be LwF, where no task has more than `most_steps` steps."""
+    cfg = copy.copy(cfg)
+    vars(cfg).update(
+        use_slsd=True,
+        consolidate="none",
+        fast_init="continue",
+        kd_branches="all",
+        kd_forward="joint",
+        kd_probes="current",
+        probe_choice="random",
+        probe_size_per_task=cfg.kd_batch_size * -(-most_steps // cfg.kd_every),
+    )
+    return cfg

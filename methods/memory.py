@@ -18,11 +18,41 @@ class MemoryKnobs(Knobs):
     )
 
 
+def num_kept_of(cfg, size: int) -> int:
+    """How many of a task's `size` samples are kept: at least one."""
+    wanted = cfg.memory_per_task
+    return min(max(1, int(wanted) if wanted >= 1 else round(wanted * size)), size)
+
+
+def sample_bytes(cfg, samples: int) -> int:
+    """About what so many kept samples take: ids of 4 bytes, an id of the whole, two lengths."""
+    return samples * (4 * cfg.max_seq_len + 48)
+
+
+def answer_bytes(cfg, model, samples: int) -> int:
+    """About what so many samples take with their answers: of each class a number and its id.
+
+    A response is taken to have 256 tokens, a long one.
+    """
+    tokens = samples * min(cfg.max_seq_len, 256)
+    return sample_bytes(cfg, samples) + tokens * (6 * _classes(cfg, model) + 4)
+
+
+def teacher_bytes(cfg, model, positions: int) -> int:
+    """About what the divergence from cached answers at so many positions takes on the device.
+
+    Ids, log-probabilities of both, their difference, p and their product.
+    """
+    return positions * _classes(cfg, model) * 40
+
+
+def _classes(cfg, model) -> int:
+    return cfg.kd_top_k or model.config.get_text_config().vocab_size
+
+
 def choose_kept(cfg, task: str, samples) -> list[dict]:
-    """The samples of `task` that are kept, the same for every method and at least one."""
-    size = cfg.memory_per_task
-    size = int(size) if size >= 1 else round(size * len(samples))
-    size = min(max(1, size), len(samples))
+    """The samples of `task` that are kept, the same for every method."""
+    size = num_kept_of(cfg, len(samples))
     order = random.Random(f"{cfg.seed}/{task}/replay").sample(range(len(samples)), size)
     # What a restored state gives, and nothing else: before and after a resume they are alike.
     return list(PackedSamples.build([samples[i] for i in order]))

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from models.answers import ProbeBuffer
-from models.ds_lora import get_ds_lora_param_groups, get_lora_param_groups
+from models.ds_lora import (
+    BRANCHES,
+    branch_parameters,
+    get_ds_lora_param_groups,
+    get_lora_param_groups,
+)
 
 # The only stage of a method that learns all tasks at once.
 JOINT = "joint"
@@ -33,6 +38,11 @@ class Tools:
     add_up: Callable
     processes: int = 1
     most_steps: int = 0
+
+
+def branch_bytes(model: nn.Module) -> int:
+    """Bytes of both branches, which are fp32."""
+    return 4 * sum(p.numel() for branch in BRANCHES for p in branch_parameters(model, branch))
 
 
 class Method:
@@ -77,8 +87,21 @@ class Method:
         return get_ds_lora_param_groups(model, cfg.lr_slow, cfg.lr_fast, cfg.weight_decay)[0]
 
     @classmethod
-    def kept_bytes(cls, cfg, trainable: int, vocabulary: int, num_tasks: int) -> int:
-        """About what `state` takes at its largest, with `trainable` parameters."""
+    def kept_bytes(cls, cfg, model: nn.Module, sizes: list[int]) -> int:
+        """About what `state` takes at its largest.
+
+        Args:
+            model: with branches; may be without weights.
+            sizes: training samples of each task.
+        """
+        return 0
+
+    @classmethod
+    def device_bytes(cls, cfg, model: nn.Module, positions: int) -> int:
+        """About what it takes on the device in a pass with so many response positions.
+
+        Beside the passes themselves; samples and answers are kept in host memory.
+        """
         return 0
 
     @property

@@ -4,7 +4,14 @@ L = L_sup + mean cross entropy of the response tokens of `memory_batch_size` kep
 (Chaudhry et al. 2019, "On tiny episodic memories in continual learning").
 """
 
-from methods.memory import MemoryKnobs, choose_kept, draw, learn_again
+from methods.memory import (
+    MemoryKnobs,
+    choose_kept,
+    draw,
+    learn_again,
+    num_kept_of,
+    sample_bytes,
+)
 from methods.method import Method
 from models.answers import PackedSamples
 
@@ -15,6 +22,10 @@ class Replay(Method):
     def __init__(self, cfg, tools):
         super().__init__(cfg, tools)
         self.samples: list[dict] = []
+
+    @classmethod
+    def kept_bytes(cls, cfg, model, sizes):
+        return sum(sample_bytes(cfg, num_kept_of(cfg, size)) for size in sizes)
 
     @property
     def num_kept(self):

@@ -12,6 +12,7 @@ import random
 import torch
 
 from methods.folding import ConsolidationKnobs, Folding
+from methods.memory import answer_bytes, teacher_bytes
 from methods.method import Method
 from models.answers import (
     ProbeBuffer,
@@ -72,12 +73,15 @@ class SLSD(Method):
         self.pool_entropies: list[float] = []
 
     @classmethod
-    def kept_bytes(cls, cfg, trainable, vocabulary, num_tasks):
-        if not cfg.use_slsd:
-            return 0
-        buffers = num_tasks if cfg.kd_probes == "replay" else 1
-        tokens = cfg.probe_size_per_task * min(cfg.max_seq_len, 256)
-        return buffers * tokens * (6 * (cfg.kd_top_k or vocabulary) + 12)
+    def kept_bytes(cls, cfg, model, sizes):
+        probes = [min(cfg.probe_size_per_task, size) for size in sizes] if cfg.use_slsd else [0]
+        at_once = sum(probes) if cfg.kd_probes == "replay" else max(probes)
+        return answer_bytes(cfg, model, at_once) + Folding.kept_bytes(cfg, model)
+
+    @classmethod
+    def device_bytes(cls, cfg, model, positions):
+        answers = teacher_bytes(cfg, model, positions) if cfg.use_slsd else 0
+        return answers + Folding.kept_bytes(cfg, model)
 
     @property
     def distils(self) -> bool:

@@ -22,10 +22,17 @@ from dataclasses import dataclass
 import torch
 
 from configs.command_line import Knobs, knob
-from methods.ewc import Anchor, FisherKnobs
+from methods.ewc import Anchor, FisherKnobs, anchor_bytes
 from methods.folding import ConsolidationKnobs, Folding
-from methods.memory import MemoryKnobs, choose_kept, draw
-from methods.method import Method
+from methods.memory import (
+    MemoryKnobs,
+    answer_bytes,
+    choose_kept,
+    draw,
+    num_kept_of,
+    teacher_bytes,
+)
+from methods.method import Method, branch_bytes
 from models.answers import (
     ProbeBuffer,
     everywhere,
@@ -77,11 +84,15 @@ class SLSDPlus(Method):
         self.slow_weights: list[torch.Tensor] = []
 
     @classmethod
-    def kept_bytes(cls, cfg, trainable, vocabulary, num_tasks):
-        size = cfg.memory_per_task
-        samples = size if size >= 1 else size * (cfg.max_train_samples or 10_000)
-        answers = samples * min(cfg.max_seq_len, 256) * (6 * (cfg.kd_top_k or vocabulary) + 12)
-        return int(num_tasks * answers) + 3 * 4 * trainable
+    def kept_bytes(cls, cfg, model, sizes):
+        answers = sum(answer_bytes(cfg, model, num_kept_of(cfg, size)) for size in sizes)
+        return answers + 3 * branch_bytes(model) + Folding.kept_bytes(cfg, model)
+
+    @classmethod
+    def device_bytes(cls, cfg, model, positions):
+        # Beside the anchor the slow weights.
+        kept = anchor_bytes(model) + branch_bytes(model) + Folding.kept_bytes(cfg, model)
+        return kept + teacher_bytes(cfg, model, positions)
 
     @property
     def num_kept(self):

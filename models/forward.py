@@ -59,7 +59,7 @@ class _PickedLogProbs(torch.autograd.Function):
     def forward(ctx, logits, ids, temperature):
         log_sums = [
             _scaled(rows, temperature).logsumexp(-1, keepdim=True)
-            for rows in logits.split(_block(logits))
+            for rows in logits.split(block_rows(logits))
         ]
         log_sum = torch.cat(log_sums) if log_sums else logits[:, :1].float()
         ctx.save_for_backward(logits, ids, log_sum)
@@ -71,7 +71,7 @@ class _PickedLogProbs(torch.autograd.Function):
     def backward(ctx, grad):
         logits, ids, log_sum = ctx.saved_tensors
         result = logits.clone() if ctx.is_leaf else logits
-        step = _block(logits)
+        step = block_rows(logits)
         parts = (tensor.split(step) for tensor in (result, ids, log_sum, grad / ctx.temperature))
         for rows, of_ids, of_sum, of_grad in zip(*parts, strict=True):
             in_place = rows if rows.dtype == torch.float32 else None
@@ -87,8 +87,11 @@ def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
-def _block(logits: torch.Tensor) -> int:
-    # Rows at a time. On a CPU they stay in the cache; on a GPU they are worth their launches.
+def block_rows(logits: torch.Tensor) -> int:
+    """How many rows of (n, vocabulary) logits are worked on at a time.
+
+    On a CPU they stay in the cache; on a GPU they are worth their launches.
+    """
     return max(1, (2**25 if logits.is_cuda else 2**20) // logits.shape[-1])
 
 

@@ -1,10 +1,9 @@
-"""The device, the base model and its tokenizer."""
+"""The base model and its tokenizer."""
 
-import ctypes
 import importlib.util
+import logging
 import os
 import pickle
-import subprocess
 from pathlib import Path
 
 import torch
@@ -20,80 +19,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from configs.command_line import (
-    UserError,
-    local_rank,
-    num_processes,
-    processes_here,
-    shows_progress,
-)
+from configs.command_line import UserError, shows_progress
+from configs.ending import is_out_of_memory
+from training.device import model_dtype, spare_the_cpu, spare_the_gpu
 from training.model_files import TEKKEN, check_folder, unfit_config, unfit_tokenizer
-
-# Of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-
-
-def select_device(wanted: str = "auto") -> torch.device:
-    """`wanted`, or for "auto" the GPU with the most free memory, and the CPU where there is none.
-
-    Asks nvidia-smi, since a CUDA query would leave a context of some 500 MB on every GPU it asks.
-    Makes the chosen GPU the only visible one, so call it before anything else touches CUDA.
-    Raises `UserError` where a GPU is wanted that is not there.
-    """
-    if wanted == "cpu":
-        return torch.device("cpu")
-    if num_processes() > 1:
-        return _own_gpu(wanted)
-    if wanted == "auto":
-        if gpus := gpus_by_free_memory():
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "auto":
-        return torch.device("cuda:0" if count else "cpu")
-    device = torch.device(wanted)
-    if (device.index or 0) >= count:
-        raise UserError(
-            f"--device {wanted}: torch sees {count} GPUs; give auto, cpu or one of them"
-        )
-    return torch.device("cuda", device.index or 0)
-
-
-def _own_gpu(wanted: str) -> torch.device:
-    """One GPU for each process on this machine."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "auto" and not count:
-        return torch.device("cpu")
-    if wanted not in ("auto", "cuda"):
-        raise UserError(f"--device {wanted}: with several processes give auto, cuda or cpu")
-    if count < processes_here():
-        raise UserError(
-            f"{processes_here()} processes for {count} GPUs: start at most one process a GPU"
-        )
-    device = torch.device("cuda", local_rank())
-    torch.cuda.set_device(device)
-    return device
-
-
-def gpus_by_free_memory() -> list[str]:
-    """UUIDs of the GPUs in CUDA_VISIBLE_DEVICES, those with the most free memory first."""
-    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(
-            query, capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    allowed = None if visible is None else [entry.strip() for entry in visible.split(",")]
-    free = {}
-    for line in answer.splitlines():
-        index, uuid, memory = (part.strip() for part in line.split(","))
-        if allowed is None or any(
-            entry and (entry == index or uuid.startswith(entry)) for entry in allowed
-        ):
-            # A GPU cut into MIG instances reports no number.
-            free[uuid] = int(memory) if memory.isdigit() else 0
-    return sorted(free, key=free.get, reverse=True)
 
 
 def _location(cfg) -> dict:
@@ -163,9 +92,11 @@ def _loaded(cfg, load, **arguments):
     """
     try:
         return load(**arguments)
-    except (MemoryError, torch.OutOfMemoryError, SafetensorError):
+    except (MemoryError, SafetensorError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         is_import = isinstance(error, ImportError) and "mistral" in str(error).lower()
         if is_import or "MistralCommon" in str(error):
             raise UserError(f"--model_name {cfg.model_name}: its tokenizer {TEKKEN}") from error
@@ -282,7 +213,9 @@ def load_model(cfg, device: torch.device):
     """
     check_device(cfg, device)
     if device.type == "cpu":
-        _reuse_freed_memory()
+        spare_the_cpu()
+    if cfg.quantization == "8bit":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
     dtype = model_dtype(cfg, device)
     if not shows_progress():
         transformers_logging.disable_progress_bar()
@@ -302,7 +235,9 @@ def load_model(cfg, device: torch.device):
         raise _explain(cfg, error) from error
     except SafetensorError as error:
         raise _unreadable_weights(cfg, error) from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"--model_name {cfg.model_name} in {dtype} does not fit {device}: give --quantization "
             "4bit (or 8bit), a GPU with more free memory, or --device cpu"
@@ -313,15 +248,22 @@ def load_model(cfg, device: torch.device):
         raise UserError(
             f"--model_name {cfg.model_name}: {len(names)} weights, such as {names[0]}, are missing"
         )
+    if device.type == "cuda":
+        spare_the_gpu(model)
     return model.eval()
 
 
-def _reuse_freed_memory() -> None:
-    """Has glibc keep large freed blocks: mapping them anew in each pass takes a CPU a tenth."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(threshold, 2**30)
+class _Once(logging.Filter):
+    """Lets each message through once: bitsandbytes repeats one in every layer of every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self._seen = set()
+
+    def filter(self, record):
+        is_new = record.getMessage() not in self._seen
+        self._seen.add(record.getMessage())
+        return is_new
 
 
 def skeleton(cfg, config):
@@ -332,16 +274,6 @@ def skeleton(cfg, config):
     with torch.device("meta"):
         load = AutoModelForCausalLM.from_config
         return _loaded(cfg, load, config=config, trust_remote_code=False)
-
-
-def model_dtype(cfg, device: torch.device) -> torch.dtype:
-    """The dtype of the base model on `device`."""
-    if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype)
-    if device.type == "cpu":
-        return torch.float32
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 def _quantization(cfg, dtype: torch.dtype):

@@ -11,7 +11,7 @@ from configs.command_line import UserError, rank
 from training.saving import file_sha256
 
 # Of what a saved state holds: another version's cannot be gone on from.
-STATE_VERSION = 3
+STATE_VERSION = 4
 # Of a model folder, beside the weights: what decides its answers, and what training reads.
 WEIGHTS = re.compile(r".+\.(safetensors|bin)")
 CONFIG = re.compile(r"config\.json")
@@ -88,6 +88,9 @@ def run_identity(cfg, tasks: list[str], about_base: dict) -> dict:
     config = {
         name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_RESULTS
     }
+    if cfg.dtype == "auto":
+        # It is not the same everywhere: a run adds what it comes to on its device.
+        del config["dtype"]
     data = {f"data of {task}": file_sha256(cfg.data_path(task)) for task in tasks}
     tests = {f"test data of {t}": file_sha256(cfg.test_path(t)) for t in tasks if cfg.test_path(t)}
     judges = {"task_judges": cfg.task_judges} if cfg.task_judges else {}

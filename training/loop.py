@@ -357,7 +357,8 @@ def evaluate_loss(passes: Passes, samples, description: str = "evaluating") -> d
                 progress.update(len(indices))
         return total, tokens
 
-    local = torch.tensor(passes.with_less_memory(run), dtype=torch.float64)
+    total, tokens = passes.with_less_memory(run)
+    local = torch.tensor([total.item(), tokens], dtype=torch.float64)
     total, tokens = sum_over_processes(local).tolist()
     tokens = int(tokens)
     loss = total / tokens

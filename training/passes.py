@@ -17,15 +17,14 @@ from configs.command_line import Stopped, UserError, num_processes, rank, shows_
 from configs.ending import STOPPING, is_out_of_memory
 from models.forward import IGNORE, evaluation, to_device
 from models.frozen_prefix import FrozenPrefix
+from training.memory import PASS_WITHOUT_GRADIENTS, Shapes
 from training.plan import prefix_room
 from utils_data import PromptTemplate, collate_fn
 
-# Passes without gradients keep no activations: a GPU takes them larger. A CPU gains nothing.
-PASS_WITHOUT_GRADIENTS = 4
 PREFIX_TOKENS = 2048
 # What a pass costs beside its tokens, in tokens: measured on two CPU cores, where 32 to 128 are
-# alike, and about what reading the weights costs a GPU.
-PASS_COST = 64
+# alike. On a GPU the launches of a pass take as long as some 500 tokens at LLaMA-2-7B's width.
+PASS_COST = {"cpu": 64, "cuda": 512}
 
 
 def progress_bar(total: int, description: str, unit: str) -> tqdm:
@@ -88,17 +87,17 @@ class StopSignals:
                 signal.signal(number, handler)
 
 
-def cut_lengths(lengths: list[int], tokens_per_pass: int):
+def cut_lengths(lengths: list[int], tokens_per_pass: int, pass_cost: int):
     """Yields (start, end) of each pass over falling `lengths`, at the least cost in all.
 
-    A pass costs its tokens, padding included, and PASS_COST. Dynamic programming from the end.
+    A pass costs its tokens, padding included, and `pass_cost`. Dynamic programming from the end.
     """
     cheapest, ends = [0] * (len(lengths) + 1), [0] * len(lengths)
     for start in reversed(range(len(lengths))):
         longest = lengths[start]
         most = max(1, tokens_per_pass // longest)
         costs = (
-            (size * longest + PASS_COST + cheapest[start + size], start + size)
+            (size * longest + pass_cost + cheapest[start + size], start + size)
             for size in range(1, min(most, len(lengths) - start) + 1)
         )
         cheapest[start], ends[start] = min(costs)
@@ -123,7 +122,8 @@ def make_passes(samples, tokens_per_pass: int, pad_token_id: int, device, share=
     """
     lengths = [len(sample["input_ids"]) for sample in samples]
     order = sorted(range(len(samples)), key=lambda i: (-lengths[i], i))[share[0] :: share[1]]
-    for start, end in cut_lengths([lengths[i] for i in order], tokens_per_pass):
+    falling = [lengths[i] for i in order]
+    for start, end in cut_lengths(falling, tokens_per_pass, PASS_COST[device.type]):
         indices = order[start:end]
         batch = collate_fn([samples[i] for i in indices], pad_token_id)
         # Found here and not on the GPU, which would have to answer before the host goes on.
@@ -145,8 +145,8 @@ class Passes:
         store: a `PrefixStore`; None: the frozen layers' output is kept in host memory.
 
     Attributes:
-        tokens_per_pass: halved where memory runs out.
-        samples_in_pass: of the pass at hand.
+        tokens_per_pass: of a pass with gradients; halved where memory runs out.
+        divisor: of the tokens of work without gradients; doubled where memory runs out there.
         samples_read: samples of all passes so far, with a backward and without.
         prefix: the kept output of the frozen layers.
         template: what stands around the samples' texts.
@@ -157,7 +157,9 @@ class Passes:
     ):
         self.model, self.tokenizer, self.device, self.stop = model, tokenizer, device, stop
         self.template = PromptTemplate(tokenizer, cfg.prompt_template)
-        self.tokens_per_pass, self.samples_in_pass = cfg.tokens_per_pass, 0
+        self.tokens_per_pass, self.divisor = cfg.tokens_per_pass, 1
+        self.checkpointing = cfg.gradient_checkpointing
+        self._samples_in_pass, self._has_gradients = 0, False
         self.samples_read = {"backward": 0, "forward": 0}
         room = store.room if store else prefix_room(cfg)
         self.prefix = FrozenPrefix(model, cfg.num_frozen_layers, room, store)
@@ -179,13 +181,37 @@ class Passes:
             of_pass = [samples[i] for i in indices]
             yield indices, self.prefix.outputs(of_pass, batch["input_ids"])
 
+    def begin(self, num_samples: int) -> None:
+        """Before each pass of so many samples: raises `Stopped` where the run is to stop."""
+        self.stop.check()
+        self._samples_in_pass, self._has_gradients = num_samples, torch.is_grad_enabled()
+
+    def batches(self, lengths: list[int]):
+        """Yields the numbers of this process's share of the sequences to be answered, by batch.
+
+        The longest come first; the cache of a batch takes no more memory than a training pass.
+        Raises `Stopped` between batches where the run is to stop.
+
+        Args:
+            lengths: tokens that each sequence takes in the cache, its answer included.
+        """
+        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        mine = order[rank() :: num_processes()]
+        shapes, start = Shapes.of(self.model, self.model.dtype, self.device), 0
+        room = shapes.tokens_in_cache(self.tokens_per_pass, self.checkpointing) // self.divisor
+        while start < len(mine):
+            batch = mine[start : start + max(1, room // lengths[mine[start]])]
+            self.begin(len(batch))
+            yield batch
+            start += len(batch)
+
     def _checked(self, samples):
         tokens = self.tokens_per_pass
-        if self.device.type == "cuda" and not torch.is_grad_enabled():
-            tokens *= PASS_WITHOUT_GRADIENTS
+        if not torch.is_grad_enabled():
+            more = PASS_WITHOUT_GRADIENTS if self.device.type == "cuda" else 1
+            tokens = max(1, tokens * more // self.divisor)
         for one_pass in self._cut(samples, tokens):
-            self.stop.check()
-            self.samples_in_pass = len(one_pass[0])
+            self.begin(len(one_pass[0]))
             yield one_pass
 
     def _cut(self, samples, tokens: int):
@@ -247,7 +273,9 @@ class Passes:
     def with_less_memory(self, work: Callable):
         """`work()`; where it runs out of memory, again with passes of half the tokens.
 
-        Raises `UserError` where a single sample is too much.
+        Passes with gradients and those without are halved each by themselves: training goes on
+        with the passes, and the dropout masks, that it had. Raises `UserError` where a single
+        sample is too much.
         """
         while True:
             try:
@@ -260,10 +288,17 @@ class Passes:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            if self.samples_in_pass <= 1:
+            if self._samples_in_pass <= 1:
                 raise UserError(
                     "out of memory with one sample a pass: give --gradient_checkpointing true, "
                     "a smaller --max_seq_len, --quantization 4bit, or a larger --num_frozen_layers"
                 )
-            self.tokens_per_pass = max(1, self.tokens_per_pass // 2)
-            print(f"out of memory: going on with --tokens_per_pass {self.tokens_per_pass}")
+            if self._has_gradients:
+                self.tokens_per_pass = max(1, self.tokens_per_pass // 2)
+                print(f"out of memory: going on with --tokens_per_pass {self.tokens_per_pass}")
+            else:
+                self.divisor *= 2
+                print(
+                    f"out of memory: reading and answering go on with 1/{self.divisor} of the "
+                    "tokens a pass; training is as before"
+                )

@@ -1,17 +1,23 @@
-"""What a run will take: steps, parameters, memory and disk."""
+"""What a run will take: steps, hours, parameters, memory and disk."""
 
+import math
 import random
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.utils.data import Subset
 
 from configs.command_line import UserError, num_processes, processes_here
 from methods import find_method
+from methods.method import branch_bytes
 from models.ds_lora import ds_lora_layers
-from training.base_model import model_dtype
+from models.forward import response_tokens
+from training.device import model_dtype
+from training.memory import Shapes, flops_per_token, run_bytes
 from utils_data import TaskData
 
 
@@ -60,18 +66,18 @@ def describe_parameters(model: nn.Module) -> str:
     return f"{trainable:,} trainable parameters, {frozen:,} frozen; branches beside {places}"
 
 
-def disk_bytes(cfg, model: nn.Module, num_tasks: int) -> int:
-    """About what a run writes: checkpoints, and states of branches, AdamW and probes."""
-    trainable, _ = count_parameters(model)
-    branches, tokenizer = 4 * trainable, 8 * 2**20
-    vocabulary = model.config.get_text_config().vocab_size
-    kept = find_method(cfg.method).kept_bytes(cfg, trainable, vocabulary, num_tasks)
-    return num_tasks * cfg.num_epochs * (branches + tokenizer) + 3 * (3 * branches + kept)
+def disk_bytes(cfg, model: nn.Module, data: dict[str, TaskData], checkpoints: int) -> int:
+    """About what a run writes: `checkpoints`, and states of branches, AdamW and the method."""
+    branches, tokenizer = branch_bytes(model), 8 * 2**20
+    sizes = [len(samples.train) for samples in data.values()]
+    kept = find_method(cfg.method).kept_bytes(cfg, model, sizes)
+    # Two states, and the one that is being written.
+    return checkpoints * (branches + tokenizer) + 3 * (3 * branches + kept)
 
 
-def check_disk(cfg, model: nn.Module, num_tasks: int) -> None:
-    """Raises `UserError` where the run's files would not fit."""
-    needed, free = disk_bytes(cfg, model, num_tasks), shutil.disk_usage(cfg.save_dir).free
+def check_disk(cfg, needed: int) -> None:
+    """Raises `UserError` where the run's files of `needed` bytes would not fit."""
+    free = shutil.disk_usage(cfg.save_dir).free
     if free < needed:
         raise UserError(
             f"{cfg.save_dir}: {free / 2**20:,.0f} MiB are free and a run may take "
@@ -80,30 +86,75 @@ def check_disk(cfg, model: nn.Module, num_tasks: int) -> None:
 
 
 def report_plan(
-    cfg, model: nn.Module, data: dict[str, TaskData], device, saved: dict | None
+    cfg, model: nn.Module, data: dict[str, TaskData], device, disk: int, saved: dict | None
 ) -> None:
     """Prints what a run would do and take; `model` is without weights."""
+    dtype = model_dtype(cfg, device)
+    print(f"{device}, {dtype}: {describe_parameters(model)}")
+    rate = cfg.device_tflops * 1e12 or matrix_rate(device, dtype)
+    shares = {task: response_share(samples.train) for task, samples in data.items()}
+    seconds = {}
     for task, samples in data.items():
         _, steps = count_steps(cfg, len(samples.train))
-        print(f"{task}: {steps} optimizer steps, {sum(samples.train.lengths):,} tokens an epoch")
-    dtype = model_dtype(cfg, device)
-    width = {"none": dtype.itemsize, "8bit": 1, "4bit": 0.56}[cfg.quantization]
-    trainable, frozen = count_parameters(model)
+        flops = task_flops(cfg, model, dtype, device, samples.train.lengths, shares[task])
+        seconds[task] = flops / num_processes() / rate
+        tokens = sum(samples.train.lengths)
+        print(
+            f"{task}: {steps} optimizer steps, {tokens:,} tokens an epoch, {_hours(seconds[task])}"
+        )
+    how = "given" if cfg.device_tflops else "measured"
+    print(
+        f"training takes {_hours(sum(seconds.values()))} or more, at {rate / 1e12:.3g} TFLOP/s "
+        f"({how}), the rate of matrix products; evaluation comes on top"
+    )
     longest = max(max(samples.train.lengths) for samples in data.values())
     tokens = max(cfg.tokens_per_pass, longest)
-    config = model.config.get_text_config()
-    upper = config.num_hidden_layers - cfg.num_frozen_layers
-    # About 18 activations of the hidden width a layer and token are kept for the backward; the
-    # logits of up to half the tokens pass through in five copies of up to four bytes.
-    kept = 1 if cfg.gradient_checkpointing else 18
-    activations = tokens * upper * config.hidden_size * kept * dtype.itemsize
-    memory = frozen * width + 16 * trainable + activations + tokens / 2 * config.vocab_size * 16
-    print(f"{device}, {dtype}: {describe_parameters(model)}")
+    memory = run_bytes(cfg, model, dtype, device, tokens, max(shares.values()))
     print(f"about {memory / 2**30:.1f} GiB of {device.type} memory with --tokens_per_pass {tokens}")
-    print(f"about {disk_bytes(cfg, model, len(data)) / 2**20:,.0f} MiB of disk in {cfg.save_dir}")
+    print(f"about {disk / 2**20:,.0f} MiB of disk in {cfg.save_dir}")
     if saved:
         step = (saved["training"] or {}).get("step", 0)
         print(f"a saved state would be resumed: {saved['position']}, step {step} of the task")
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 360 else f"{seconds / 60:.1f} min"
+
+
+def response_share(samples) -> float:
+    """Response tokens by tokens, of the first 200 samples."""
+    chosen = [samples[i] for i in range(min(200, len(samples)))]
+    return sum(map(response_tokens, chosen)) / sum(len(s["input_ids"]) for s in chosen)
+
+
+def task_flops(cfg, model: nn.Module, dtype, device, lengths: list[int], share: float) -> float:
+    """FLOPs of training on a task, without padding.
+
+    Where the frozen layers' output is kept they are run in one epoch only, and the rest starts from
+    there as far as there is room.
+    """
+    shapes, total = Shapes.of(model, dtype, device), sum(lengths)
+    # Tokens attend within their sample: a long one weighs more.
+    length = sum(n * n for n in lengths) / total
+    frozen, upper = flops_per_token(model, shapes, length, share, cfg.gradient_checkpointing)
+    per_epoch, steps = count_steps(cfg, len(lengths))
+    epochs = steps / per_epoch
+    needed = total * shapes.hidden * shapes.itemsize
+    room = prefix_limits(cfg)[1] * 2**30 or prefix_room(cfg)
+    held = min(1.0, room / needed) if worth_keeping(cfg, "", lengths) else 0.0
+    frozen_epochs = epochs - held * max(0.0, epochs - 1)
+    return total * (frozen * frozen_epochs + upper * epochs)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of large matrix products on `device`: the best of five."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, best = torch.randn(size, size, device=device).to(dtype), math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def count_steps(cfg, num_samples: int) -> tuple[int, int]:

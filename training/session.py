@@ -27,13 +27,18 @@ from training.base_model import (
     check_model,
     load_model,
     load_tokenizer,
-    model_dtype,
-    select_device,
     skeleton,
 )
+from training.device import model_dtype, select_device
 from training.identity import check_identity, describe_base, run_identity
 from training.passes import Passes, StopSignals
-from training.plan import check_disk, describe_parameters, prefix_limits, report_plan
+from training.plan import (
+    check_disk,
+    describe_parameters,
+    disk_bytes,
+    prefix_limits,
+    report_plan,
+)
 from training.prefix_store import open_store
 from training.processes import all_succeed, from_first, joined
 from training.saving import (
@@ -162,6 +167,7 @@ class Journal:
             "tokens_per_pass": {
                 "given": self.cfg.tokens_per_pass,
                 "used": self.passes.tokens_per_pass,
+                "divisor": self.passes.divisor,
             },
             "samples_read": self.passes.samples_read,
             "prefix_room": {"given": prefix_limits(self.cfg), "used": self.passes.prefix.room},
@@ -180,7 +186,7 @@ class Journal:
         passes = facts["tokens_per_pass"]
         # Halved when memory ran out: it would run out again.
         if passes["given"] == self.cfg.tokens_per_pass:
-            self.passes.tokens_per_pass = passes["used"]
+            self.passes.tokens_per_pass, self.passes.divisor = passes["used"], passes["divisor"]
         room = facts["prefix_room"]
         # What is kept changes the last bits.
         prefix = self.passes.prefix
@@ -254,7 +260,8 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         all_succeed([partial(check_device, cfg, device)])
         about_base = describe_base(cfg)
         # To be resumed it must also be held and shared alike.
-        held = {"held_as": str(model_dtype(cfg, device)), "processes": num_processes()}
+        held_as = str(model_dtype(cfg, device)).removeprefix("torch.")
+        held = {"dtype": held_as, "processes": num_processes()}
         identity = run_identity(cfg, tasks, about_base) | held
         (saved,) = all_succeed([state.load if is_first() and not cfg.overwrite else lambda: None])
         saved, first = from_first((saved, identity))
@@ -282,9 +289,12 @@ def set_up(cfg, run_name: str, tasks: list[str]):
             print(describe(judged_task(task, cfg.judge_of(task), data[task].outputs)))
         # The branches, without weights: what is wrong with them shows before a model is loaded.
         (plan,) = all_succeed([lambda: inject(cfg, skeleton(cfg, model_config))])
-        all_succeed([partial(check_disk, cfg, plan, len(tasks))] if is_first() else [])
+        # A sequence leaves a checkpoint a task, a task alone one an epoch.
+        checkpoints = len(tasks) if run_name == "seq" else cfg.num_epochs
+        disk = disk_bytes(cfg, plan, data, checkpoints)
+        all_succeed([partial(check_disk, cfg, disk)] if is_first() else [])
         if cfg.dry_run:
-            report_plan(cfg, plan, data, device, saved and saved[0])
+            report_plan(cfg, plan, data, device, disk, saved and saved[0])
             raise NothingToDo("dry run: nothing was trained")
         (model,) = all_succeed([partial(load_model, cfg, device)])
         torch.manual_seed(cfg.seed)

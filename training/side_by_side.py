@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from configs.command_line import UserError
 from configs.ending import STOPPING
-from training.base_model import gpus_by_free_memory
+from training.device import gpus_by_free_memory
 
 # Exit codes of a command that was told to stop: by itself, or before it could say so.
 STOPPED = {code: n for n in (signal.SIGINT, *STOPPING) for code in (128 + n, -n)}

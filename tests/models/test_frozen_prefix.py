@@ -40,7 +40,7 @@ def one_pass(lengths=(20, 9, 14)):
 
 @pytest.fixture(autouse=True)
 def no_padding_limit(monkeypatch):
-    monkeypatch.setattr("training.passes.PASS_COST", 10**6)
+    monkeypatch.setattr("training.passes.PASS_COST", {"cpu": 10**6})
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,10 +1,10 @@
-"""Choosing a device and loading a model, with a pretended nvidia-smi and no hub."""
+"""Loading a model, without a hub."""
 
 import copy
 import json
+import logging
 import os
 import shutil
-import stat
 from importlib.util import find_spec
 
 import pytest
@@ -22,7 +22,6 @@ from training.base_model import (
     load_model,
     load_model_and_tokenizer,
     load_tokenizer,
-    select_device,
     skeleton,
 )
 from training.identity import describe_base, hub_id_of_gguf
@@ -30,65 +29,14 @@ from training.identity import describe_base, hub_id_of_gguf
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def smi(tmp_path, monkeypatch):
-    """Puts an nvidia-smi that prints `answer` first in PATH."""
-
-    def install(answer: str, code: int = 0):
-        script = tmp_path / "nvidia-smi"
-        script.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\nexit {code}\n")
-        script.chmod(script.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return install
-
-
-THREE = "0, GPU-aaa, 1000\n1, GPU-bbb, 9000\n2, GPU-ccc, 5000"
-
-
-@pytest.mark.parametrize(
-    ("visible", "chosen"),
-    [
-        (None, "GPU-bbb"),
-        ("0,2", "GPU-ccc"),
-        ("GPU-aaa", "GPU-aaa"),
-        (" 0 , GPU-b", "GPU-bbb"),
-    ],
-)
-def test_the_gpu_with_most_free_memory_becomes_the_only_visible_one(
-    smi, monkeypatch, visible, chosen
-):
-    smi(THREE)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert select_device() == torch.device("cuda:0")
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
-
-
-def test_hidden_gpus_stay_hidden(smi, monkeypatch):
-    smi(THREE)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert select_device() == CPU
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
-
-
-def test_no_gpu_or_a_failing_driver_means_cpu(smi, monkeypatch):
-    smi("NVIDIA-SMI has failed", code=9)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert select_device() == CPU
-    monkeypatch.setenv("PATH", "")
-    assert select_device() == select_device("cpu") == CPU
-
-
-def test_a_gpu_that_is_not_there_is_an_error(smi):
-    smi(THREE)
-    with pytest.raises(UserError, match="torch sees 1 GPUs"):
-        select_device("cuda:1")
-    assert select_device("cuda") == torch.device("cuda:0")
+def test_bitsandbytes_says_a_thing_once(make_config, caplog, monkeypatch):
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(base_model, "_quantization", lambda *_: None)
+    load_model(make_config(quantization="8bit"), CPU)
+    for _ in range(3):
+        logger.warning("inputs will be cast from %s to float16", "bfloat16")
+    assert len(caplog.records) == 1
 
 
 def test_a_folder_loads_in_the_dtype_asked_for(make_config, model_folder):

@@ -7,7 +7,7 @@ import torch
 from helpers import make_rows
 
 from models.forward import IGNORE
-from training.passes import PASS_COST, make_passes
+from training.passes import PASS_COST, cut_lengths, make_passes
 from utils_data import InstructionDataset
 
 
@@ -53,7 +53,7 @@ def test_passes_cost_least(budget):
         for size in sizes:
             if size > 1 and size * lengths[start] > budget:
                 return math.inf
-            total += size * lengths[start] + PASS_COST
+            total += size * lengths[start] + PASS_COST["cpu"]
             start += size
         return total
 
@@ -64,3 +64,9 @@ def test_passes_cost_least(budget):
 
     sizes = [len(i) for i, *_ in make_passes(samples, budget, 0, torch.device("cpu"))]
     assert cost(sizes) == min(map(cost, ways(len(samples))))
+
+
+def test_a_gpu_takes_larger_passes():
+    """A pass costs a GPU as much as 512 tokens, a CPU as 64."""
+    cut = {kind: [*cut_lengths([600, 300], 2048, cost)] for kind, cost in PASS_COST.items()}
+    assert cut == {"cpu": [(0, 1), (1, 2)], "cuda": [(0, 2)]}

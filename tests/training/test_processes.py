@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import train_slsd_seq
 from configs.command_line import UserError
-from training.base_model import select_device
+from training.device import select_device
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # 21 samples in steps of 4: in the last one of each epoch the second process has none.
