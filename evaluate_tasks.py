@@ -22,9 +22,10 @@ from evaluation.readings import BASE, LATEST, READINGS, Stage, open_stage, read_
 from evaluation.unfinished import Unfinished, ingredients
 from methods import parse_config
 from models.ds_lora import BRANCHES, branches_restored, reset_branch
+from training.logs import NoLog
 from training.loop import TaskTraining, evaluate_loss
 from training.processes import all_succeed, joined
-from training.saving import NoLog, run_lock, write_json_lines
+from training.saving import run_lock, write_json_lines
 from utils_data import prepare_task, read_task, split_task
 
 RECOVERY_STEPS = 20

@@ -16,10 +16,10 @@ from methods import find_method, parse_config
 from methods.method import JOINT, Method, Tools
 from models.drift import Drift
 from training.device import select_device as select_device
+from training.logs import JsonlLog
 from training.loop import TaskTraining
 from training.plan import count_steps, worth_keeping
 from training.processes import gather, sum_over_processes
-from training.saving import JsonlLog
 from training.session import Session, set_up
 from utils_data import TaskData
 

@@ -13,8 +13,9 @@ from torch.utils.data import Subset
 from configs.command_line import UserError
 from methods import METHODS, find_method
 from methods.method import JOINT, Method
+from models.adapter import load_adapter
 from models.answers import everywhere
-from models.ds_lora import BRANCHES, branch_off, branches_restored, load_adapter
+from models.ds_lora import BRANCHES, branch_off, branches_restored
 from models.forward import evaluation, response_tokens
 from models.reading import read_json, read_safetensors
 from models.router import Router, prompt_feature

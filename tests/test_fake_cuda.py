@@ -21,10 +21,11 @@ from models.answers import read_answers
 from models.forward import response_tokens
 from train_slsd_seq import make_method
 from training.device import spare_the_gpu
+from training.logs import NoLog
 from training.loop import TaskTraining, evaluate_loss
 from training.memory import Shapes, flops_per_token, run_bytes
 from training.passes import Passes, StopSignals
-from training.saving import NoLog, RunState
+from training.saving import RunState
 from training.session import Journal, Session, enable_checkpointing, inject
 from utils_data import TaskData
 
@@ -33,10 +34,10 @@ GIB, BF16 = 2**30, torch.bfloat16
 SHORT = {**LLAMA_2_7B, "num_hidden_layers": 8}
 # Where the host may wait for the device: as a run starts, logs, saves, and ends an evaluation.
 MAY_WAIT = {
-    *("fused._fused", "ds_lora.DSLoRALinear.reset_branch", "loop._Watch.check"),
+    *("fused._fused", "ds_lora.DSLoRALinear.reset_branch", "telling.Watch.check"),
     *(
-        "loop._Window.line",
-        "loop._Window.state.<locals>.<dictcomp>",
+        "telling.Window.line",
+        "telling.Window.state.<locals>.<dictcomp>",
         "loop.TaskTraining._log.<locals>.<dictcomp>",
     ),
     *("loop.evaluate_loss", "answers.read_answers", "frozen_prefix.FrozenPrefix.keep"),

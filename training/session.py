@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from configs.command_line import NothingToDo, UserError, is_first, num_processes
+from models.adapter import save_adapter
 from models.ds_lora import (
     branch_tensors,
     find_decoder_layers,
     replace_with_ds_lora,
-    save_adapter,
     set_branch_tensors,
 )
 from tasks import TASKS, judged_task
@@ -31,6 +31,7 @@ from training.base_model import (
 )
 from training.device import model_dtype, select_device
 from training.identity import check_identity, describe_base, run_identity
+from training.logs import JsonlLog, NoLog
 from training.passes import Passes, StopSignals
 from training.plan import (
     check_disk,
@@ -42,8 +43,6 @@ from training.plan import (
 from training.prefix_store import open_store
 from training.processes import all_succeed, from_first, joined
 from training.saving import (
-    JsonlLog,
-    NoLog,
     RunState,
     atomic_folder,
     check_finished,
@@ -235,6 +234,22 @@ def inject(cfg, model: nn.Module) -> nn.Module:
     return model
 
 
+def _prepared(cfg, tokenizer, rows: dict[str, tuple]) -> dict[str, TaskData]:
+    """The samples of each task, from what `read_task` gave; says what the user may want to know."""
+    all_succeed([partial(PromptTemplate, tokenizer, cfg.prompt_template)])
+    if is_first() and cfg.prompt_template == "inst" and tokenizer.chat_template:
+        print(
+            "note: the tokenizer has a chat template, and --prompt_template inst does not use "
+            "it; chat does",
+            file=sys.stderr,
+        )
+    checks = [partial(prepare_task, cfg, tokenizer, task, *of) for task, of in rows.items()]
+    data = dict(zip(rows, all_succeed(checks), strict=True))
+    for task in (task for task in rows if task not in TASKS or cfg.judge_of(task)):
+        print(describe(judged_task(task, cfg.judge_of(task), data[task].outputs)))
+    return data
+
+
 @contextlib.contextmanager
 def set_up(cfg, run_name: str, tasks: list[str]):
     """Checks what can be checked, loads model and data, and yields the `Session`.
@@ -273,20 +288,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
                 f"this run is finished: see {cfg.log_dir}; --overwrite true does it again"
             )
         tokenizer = load_tokenizer(cfg, model_config)
-        all_succeed([partial(PromptTemplate, tokenizer, cfg.prompt_template)])
-        if is_first() and cfg.prompt_template == "inst" and tokenizer.chat_template:
-            print(
-                "note: the tokenizer has a chat template, and --prompt_template inst does not use "
-                "it; chat does",
-                file=sys.stderr,
-            )
-        checks = [
-            partial(prepare_task, cfg, tokenizer, task, *of_task)
-            for task, of_task in zip(tasks, rows, strict=True)
-        ]
-        data = dict(zip(tasks, all_succeed(checks), strict=True))
-        for task in (task for task in tasks if task not in TASKS or cfg.judge_of(task)):
-            print(describe(judged_task(task, cfg.judge_of(task), data[task].outputs)))
+        data = _prepared(cfg, tokenizer, dict(zip(tasks, rows, strict=True)))
         # The branches, without weights: what is wrong with them shows before a model is loaded.
         (plan,) = all_succeed([lambda: inject(cfg, skeleton(cfg, model_config))])
         # A sequence leaves a checkpoint a task, a task alone one an epoch.

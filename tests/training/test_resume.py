@@ -22,7 +22,8 @@ from configs.command_line import UserError
 from methods import parse_config
 from training import passes as passes_module
 from training import plan, saving
-from training.saving import JsonlLog, RunState, run_lock
+from training.logs import JsonlLog
+from training.saving import RunState, run_lock
 
 # Dropout on, KD on, several passes a step and a partial last step in each task; a state falls
 # between two log lines.

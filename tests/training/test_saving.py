@@ -13,15 +13,8 @@ from helpers import contents, inject, make_journal, make_model
 from transformers import AutoTokenizer
 
 from configs.command_line import UserError
-from training.saving import (
-    JsonlLog,
-    RunState,
-    atomic_file,
-    atomic_folder,
-    file_sha256,
-    run_lock,
-    write_json,
-)
+from training.logs import JsonlLog
+from training.saving import RunState, atomic_file, atomic_folder, file_sha256, run_lock, write_json
 
 
 def test_a_fault_leaves_the_file_as_it_was(tmp_path):
