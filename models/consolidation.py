@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from models.ds_lora import ds_lora_layers
-from models.forward import evaluation, response_logits
+from models.forward import evaluation, response_logits, to_device
 
 
 def gram_matrices(model: nn.Module, make_passes, samples, gather, add_up):
@@ -38,22 +38,23 @@ def gram_matrices(model: nn.Module, make_passes, samples, gather, add_up):
     of_pass: dict[str, torch.Tensor] = {}
     num_tokens = torch.zeros((), dtype=torch.float64)
 
-    def add(name: str, x: torch.Tensor, is_token: torch.Tensor) -> None:
+    def add(name: str, x: torch.Tensor, positions: torch.Tensor) -> None:
         owners[name] = next((owner for owner, other in of_pass.items() if other is x), name)
         if owners[name] == name:
             of_pass[name] = x
-            tokens = x.flatten(0, -2)[is_token].float()
+            tokens = x.flatten(0, -2)[positions].float()
             sums[name] = sums.get(name, 0) + tokens.T @ tokens
 
     with evaluation(model):
         for indices, batch, _ in make_passes(samples):
             lengths = torch.tensor([len(samples[i]["input_ids"]) for i in indices])
             is_token = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
-            is_token = is_token.flatten().to(batch["input_ids"].device)
+            # Found here and not on a GPU, which would have to answer in every layer.
+            positions = to_device(is_token.flatten().nonzero().squeeze(1), model.device)
             with contextlib.ExitStack() as hooks:
                 for name, layer in layers.items():
                     hook = layer.register_forward_pre_hook(
-                        lambda _, args, name=name, here=is_token: add(name, args[0], here)
+                        lambda _, args, name=name, here=positions: add(name, args[0], here)
                     )
                     hooks.callback(hook.remove)
                 response_logits(model, **batch)

@@ -228,6 +228,9 @@ class FakeCuda(TorchDispatchMode):
             return plain(q, k, v, attn_mask, dropout_p, is_causal, **options)
         half = q.dtype in (torch.float16, torch.bfloat16)
         kernel = "flash" if attn_mask is None and half else "efficient"
+        if half and torch.backends.cuda.cudnn_sdp_enabled():
+            # What torch prefers on an H100.
+            kernel = "cudnn"
         self.attention[kernel, attn_mask is not None] += 1
         if attn_mask is not None:
             # A mask of truth values becomes one of numbers.

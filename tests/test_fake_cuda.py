@@ -16,10 +16,10 @@ from transformers import masking_utils
 from configs.base_config import BaseConfig
 from evaluation.generate import generate
 from evaluation.likelihood import option_losses
-from methods import find_method, run_config
+from methods import METHODS, find_method, knob_names, run_config
 from models.answers import read_answers
 from models.forward import response_tokens
-from train_slsd_seq import make_method
+from train_slsd_seq import make_method, train_one_task_with_slsd
 from training.device import spare_the_gpu
 from training.logs import NoLog
 from training.loop import TaskTraining, evaluate_loss
@@ -32,6 +32,8 @@ from utils_data import TaskData
 GIB, BF16 = 2**30, torch.bfloat16
 # LLaMA-2-7B with fewer layers, where time demands it.
 SHORT = {**LLAMA_2_7B, "num_hidden_layers": 8}
+TINY = {**LLAMA_2_7B, "num_hidden_layers": 3}
+KNOBS = ("fisher", "gram", "kd_", "entropy")
 # Where the host may wait for the device: as a run starts, logs, saves, and ends an evaluation.
 MAY_WAIT = {
     *("fused._fused", "ds_lora.DSLoRALinear.reset_branch", "telling.Watch.check"),
@@ -40,7 +42,7 @@ MAY_WAIT = {
         "telling.Window.state.<locals>.<dictcomp>",
         "loop.TaskTraining._log.<locals>.<dictcomp>",
     ),
-    *("loop.evaluate_loss", "answers.read_answers", "frozen_prefix.FrozenPrefix.keep"),
+    *("loop.evaluate_loss", "answers.read_answers", "frozen_prefix.FrozenPrefix._rows"),
     *("frozen_prefix.FrozenPrefix._check", "ds_lora.branch_tensors.<locals>.<dictcomp>"),
     *("loop.optimizer_tensors.<locals>.<dictcomp>", "ewc.Anchor.estimate.<locals>.<listcomp>"),
     *("ewc.Anchor.state.<locals>.<dictcomp>", "ds_lora.DSLoRALinear.set_branch"),
@@ -178,6 +180,35 @@ def test_a_run_with_ewc_is_saved_and_resumed(tmp_path):
         )
         state = task.optimizer.state.values()
         assert task.start == 2 and all(moments["exp_avg"].is_cuda for moments in state)
+    assert_sound(gpu)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"method": name} for name in METHODS if not METHODS[name].merges_tasks),
+        {"use_slsd": False, "consolidate": "gram", "gram_rank": 16},
+        {"kd_probes": "replay", "fast_init": "fresh"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_every_method_learns_two_tasks_and_the_plan_knows_what_it_takes(settings, tmp_path):
+    samples = make_samples([300, 512, 256, 90] * 4)
+    more = {"num_frozen_layers": 1, "save_dir": str(tmp_path), "max_steps_per_task": 2}
+    more |= {"fisher_samples": 4, "gram_samples": 4, "entropy_threshold": 99.0, "kd_every": 1}
+    tasks = ["T1_general", "T2_math"]
+    known = knob_names(find_method(settings.get("method", "ds_lora")))
+    more = {k: v for k, v in more.items() if k in known or not any(map(k.__contains__, KNOBS))}
+    with FakeCuda(32000) as gpu:
+        cfg, passes = seven_billion(TINY, task_order=tasks, **more, **settings)
+        data = {task: TaskData(samples, samples) for task in tasks}
+        journal = Journal(cfg, passes, {"base_model": "7B"}, RunState(tmp_path / "state"), {})
+        session = Session(data, passes, journal)
+        method = journal.attach("method", make_method(cfg, session))
+        for previous, task in zip([None, *tasks], tasks, strict=False):
+            train_one_task_with_slsd(cfg, session, task, NoLog(""), method, previous, False)
+        planned = run_bytes(cfg, passes.model, BF16, CUDA, 2048, 0.5)
+    assert planned == pytest.approx(gpu.peak, rel=0.1)
     assert_sound(gpu)
 
 
