@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configs.command_line import Parser, UserError
 from configs.ending import command_line
-from evaluation.compare import read_log
+from evaluation.finished import read_log
 from evaluation.pictures import COLOURS, UNIT, plot_compare, plt, save, style_of
 
 LINES_WITH_MARKERS = 30
@@ -172,6 +172,12 @@ def main(argv=None):
     parser.add_argument("what", choices=("single", "seq", "compare"), help="what to draw")
     parser.add_argument("names", nargs="*", help="the task of a single run; the runs to compare")
     parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="folder of the logs")
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="METHOD",
+        help="of the runs to compare, the one that all others are paired with by order and seed",
+    )
     args = parser.parse_args(argv)
     fits = {"single": len(args.names) == 1, "seq": not args.names, "compare": args.names}
     if not fits[args.what]:
@@ -179,12 +185,14 @@ def main(argv=None):
             "give one task with single, such as single TASK, none with seq, and the log folders of "
             "runs with compare"
         )
+    if args.against and args.what != "compare":
+        raise UserError(f"--against {args.against} belongs to compare: leave it out")
     if args.what == "single":
         path = plot_single(args.log_dir, args.names[0])
     elif args.what == "seq":
         path = plot_sequence(args.log_dir)
     else:
-        path = plot_compare([Path(name) for name in args.names], args.log_dir)
+        path = plot_compare([Path(name) for name in args.names], args.log_dir, args.against)
     print(f"wrote {path}")
 
 
