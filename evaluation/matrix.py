@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from configs.ending import printable
 from methods.method import JOINT
+from models.reading import MIB
 from tasks.task import Task
 
 Matrix = list[list[float]]
@@ -261,6 +262,22 @@ def format_readings(evaluations: list[dict], tasks: list[str], meanings: dict[st
         for name in readings
     }
     return "\n".join(["", *_table("after the last stage, read as", rows, tasks)])
+
+
+def format_costs(stages: dict[str, dict]) -> str:
+    """What a method kept after each stage and read at its steps, as aligned text.
+
+    From stage -> {"samples_kept", "bytes_kept", "samples_a_step": {"backward", "forward"}}.
+    """
+    rows = {}
+    for name, stage in stages.items():
+        read = stage.get("samples_a_step", {})
+        found = (stage.get("samples_kept"), stage.get("bytes_kept", math.nan) / MIB)
+        found += (read.get("backward"), read.get("forward"))
+        rows[name] = [math.nan if number is None else number for number in found]
+    columns = ["samples kept", "MiB kept", "backward a step", "forward a step"]
+    lines = ["", "kept for later tasks, and samples read a step (forward: without a backward)"]
+    return "\n".join([*lines, *_table("stage", rows, columns, ",.1f")])
 
 
 def format_scores(scores: list[dict]) -> str:

@@ -10,6 +10,7 @@ from evaluation.matrix import (
     average_incremental,
     backward_transfer,
     forgetting,
+    format_costs,
     format_matrix,
     format_samples,
     format_score_matrix,
@@ -142,3 +143,14 @@ def test_scores_have_a_matrix_of_their_own():
     assert matrix[2] == [40.0, 80.0] and matrix[0][0] == 5.0 and math.isnan(matrix[0][1])
     text = format_score_matrix(matrix, metrics)
     assert "forgetting         +20.0" in text and "backward transfer  -20.0" in text
+
+
+def test_what_a_run_keeps_and_reads_is_told_by_stage():
+    told = {"backward": 16.0, "forward": 0.5}
+    stages = {
+        "A": {"samples_kept": 48, "bytes_kept": 3 * 2**20 // 2, "samples_a_step": told},
+        "B": {},  # begun before this was noted
+    }
+    lines = format_costs(stages).splitlines()[2:]
+    assert lines[0].split("  ")[0] == "stage" and "MiB kept" in lines[0]
+    assert lines[1].split() == ["A", "48.0", "1.5", "16.0", "0.5"] and lines[2] == "B"
