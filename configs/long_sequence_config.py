@@ -16,6 +16,10 @@ ORDERS = {
     "order4": [*_QUESTIONS, "yelp", "amazon", "SST-2", "dbpedia", "agnews", "MultiRC", "yahoo"],
     "order5": [*_TWISTED, "dbpedia", "agnews", "yelp", "amazon", "yahoo"],
     "order6": [*_REVIEWS, "dbpedia", "agnews", "yahoo", "MultiRC", "BoolQA", "WiC"],
+    # Five with short texts: topic, stars, news, inference, paraphrase.
+    "five1": ["dbpedia", "amazon", "agnews", "MNLI", "QQP"],
+    "five2": ["QQP", "MNLI", "agnews", "amazon", "dbpedia"],
+    "five3": ["MNLI", "agnews", "QQP", "dbpedia", "amazon"],
 }
 
 
