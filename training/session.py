@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from configs.command_line import NothingToDo, UserError, is_first, num_processes
+from models.adapter import save_adapter
 from models.ds_lora import (
     branch_tensors,
     find_decoder_layers,
     replace_with_ds_lora,
-    save_adapter,
     set_branch_tensors,
 )
 from tasks import TASKS, judged_task
 from tasks.judges import describe
+from tasks.prompt import PromptTemplate
 from training.base_model import (
     check_device,
     check_model,
@@ -47,7 +48,7 @@ from training.saving import (
     run_lock,
     state_folder,
 )
-from utils_data import PromptTemplate, TaskData, prepare_task, read_task
+from utils_data import TaskData, prepare_task, read_task
 
 # What a checkpoint says of the run that made it, and what reads it must do alike.
 DECIDED_IN_TRAINING = (
