@@ -22,10 +22,11 @@ from configs.command_line import Knobs, UserError, config_class, knob, parse_dat
 from configs.ending import command_line
 from tasks import TASKS
 from tasks.own import OwnFile
+from tasks.prompt import KEYS
 from tasks.source import Drop, Source, WrongShape
 from tasks.suites import SuiteFile, find_task_files
 from training.saving import atomic_file, file_sha256, run_lock, write_json
-from utils_data import KEYS, read_jsonl
+from utils_data import read_jsonl
 
 TOY_CHARS = 400
 SUITES = ("long_sequence", "standard", "absa", "trace")

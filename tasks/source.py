@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.command_line import UserError
-from utils_data import KEYS, REJECTED
+from tasks.prompt import KEYS, REJECTED
 
 
 class Drop(Exception):

@@ -12,7 +12,8 @@ import train_slsd_seq
 from configs.command_line import UserError
 from evaluation import report
 from evaluation.readings import open_stage
-from models.ds_lora import ds_lora_layers, save_adapter, training_mode
+from models.adapter import save_adapter
+from models.ds_lora import ds_lora_layers, training_mode
 from training.base_model import check_model
 
 TASK = "T1_general"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from configs.base_config import BaseConfig
 from configs.command_line import UserError
 from methods import METHODS, parse_config, run_config
-from models.ds_lora import branch_parameters, load_adapter, save_adapter
+from models.adapter import load_adapter, save_adapter
+from models.ds_lora import branch_parameters
 from utils_data import KEYS, read_jsonl
 
 JSON = st.recursive(

@@ -17,8 +17,9 @@ from configs.command_line import Stopped, UserError, num_processes, rank, shows_
 from configs.ending import STOPPING, is_out_of_memory
 from models.forward import IGNORE, evaluation, to_device
 from models.frozen_prefix import FrozenPrefix
+from tasks.prompt import PromptTemplate
 from training.plan import prefix_room
-from utils_data import PromptTemplate, collate_fn
+from utils_data import collate_fn
 
 # Passes without gradients keep no activations: a GPU takes them larger. A CPU gains nothing.
 PASS_WITHOUT_GRADIENTS = 4

@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from configs.command_line import NothingToDo, UserError, is_first, num_processes
+from models.adapter import save_adapter
 from models.ds_lora import (
     branch_tensors,
     find_decoder_layers,
     replace_with_ds_lora,
-    save_adapter,
     set_branch_tensors,
 )
 from tasks import TASKS, judged_task
 from tasks.judges import describe
+from tasks.prompt import PromptTemplate
 from training.base_model import (
     check_device,
     check_model,
@@ -32,22 +33,13 @@ from training.base_model import (
     skeleton,
 )
 from training.identity import check_identity, describe_base, run_identity
+from training.outputs import check_finished, check_outputs, clear_outputs, state_folder
 from training.passes import Passes, StopSignals
 from training.plan import check_disk, describe_parameters, prefix_limits, report_plan
 from training.prefix_store import open_store
 from training.processes import all_succeed, from_first, joined
-from training.saving import (
-    JsonlLog,
-    NoLog,
-    RunState,
-    atomic_folder,
-    check_finished,
-    check_outputs,
-    clear_outputs,
-    run_lock,
-    state_folder,
-)
-from utils_data import PromptTemplate, TaskData, prepare_task, read_task
+from training.saving import JsonlLog, NoLog, RunState, atomic_folder, run_lock
+from utils_data import TaskData, prepare_task, read_task
 
 # What a checkpoint says of the run that made it, and what reads it must do alike.
 DECIDED_IN_TRAINING = (

@@ -6,8 +6,9 @@ import torch
 from helpers import alone, inject, make_model, make_samples, passes, randomise
 from peft import PeftModel
 
+from models.adapter import load_adapter, save_adapter
 from models.consolidation import Consolidation, cut_rank, gated, gram_matrices
-from models.ds_lora import branches_restored, ds_lora_layers, load_adapter, save_adapter
+from models.ds_lora import branches_restored, ds_lora_layers
 from models.forward import evaluation, response_logits
 
 

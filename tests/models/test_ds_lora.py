@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers import Gemma2Config as Gemma2
 
+from models.adapter import load_adapter, save_adapter
 from models.ds_lora import (
     BRANCHES,
     DSLoRALinear,
@@ -28,10 +29,8 @@ from models.ds_lora import (
     find_decoder_layers,
     get_ds_lora_param_groups,
     get_lora_param_groups,
-    load_adapter,
     replace_with_ds_lora,
     reset_branch,
-    save_adapter,
 )
 
 IDS = torch.arange(3, 43).view(2, 20)

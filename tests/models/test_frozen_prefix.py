@@ -7,7 +7,8 @@ import torch
 import transformers
 from helpers import inject, make_model, make_samples, randomise
 
-from models.ds_lora import branch_parameters, load_adapter, save_adapter
+from models.adapter import load_adapter, save_adapter
+from models.ds_lora import branch_parameters
 from models.forward import response_logits
 from models.frozen_prefix import FrozenPrefix
 from training.passes import make_passes

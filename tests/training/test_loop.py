@@ -12,7 +12,8 @@ from helpers import inject, make_journal, make_model, make_rows, mean_loss, rand
 
 import train_slsd_seq
 from configs.command_line import UserError
-from models.ds_lora import BRANCHES, branch_parameters, get_ds_lora_param_groups, load_adapter
+from models.adapter import load_adapter
+from models.ds_lora import BRANCHES, branch_parameters, get_ds_lora_param_groups
 from models.forward import IGNORE, response_tokens
 from training.loop import TaskTraining, clip_grad_norm, evaluate_loss, lr_multiplier
 from training.plan import count_steps
