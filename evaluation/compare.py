@@ -194,16 +194,20 @@ def paired_tables(methods: Groups, reference: str) -> list[str]:
         f"Against {named[0]}, paired over (order, seed): a method's number minus the reference's, "
         "the 95 % bootstrap interval, the difference relative to the reference, p by flipping "
         "signs, and p corrected for the methods of the table (Holm).",
-        *_too_few(pairs),
     ]
-    for metric, (value, form) in PAIRED.items():
+    differences: dict[str, dict[str, Difference]] = {}
+    for metric, (value, _) in PAIRED.items():
         found = {
             name: paired_difference(*({run.pair: value(run) for run in x} for x in (runs, theirs)))
             for name, runs in others.items()
         }
-        if found := {name: difference for name, difference in found.items() if difference}:
+        differences[metric] = {name: of for name, of in found.items() if of}
+    parts += _too_few(pairs, [found for found in differences.values() if found])
+    for metric, found in differences.items():
+        if found:
             header = [metric, "pairs", "difference", "95 % interval", "relative", "p", "p, Holm"]
-            parts.append(markdown(header, _rows_of_differences(found, f"+{form.lstrip('+')}")))
+            form = f"+{PAIRED[metric][1].lstrip('+')}"
+            parts.append(markdown(header, _rows_of_differences(found, form)))
     return parts
 
 
@@ -224,17 +228,21 @@ def _rows_of_differences(found: dict[str, Difference], form: str) -> list[list[s
     ]
 
 
-def _too_few(pairs: dict[str, int]) -> list[str]:
-    """What cannot be said with so many pairs of each method."""
+def _too_few(pairs: dict[str, int], tables: list[dict[str, Difference]]) -> list[str]:
+    """What cannot be said with so many pairs of each method, and so many methods in a table."""
     lines = []
     if few := [f"{name} ({number})" for name, number in pairs.items() if number < 2]:
         lines.append(f"Fewer than two pairs, so neither interval nor p: {', '.join(few)}.")
-    tested = [number for number in pairs.values() if number > 1]
-    if tested and (least := least_p(max(tested))) * len(tested) > SIGNIFICANT:
+    most = max(pairs.values(), default=0)
+    # The smallest table is corrected least.
+    fewest = min((sum(of.pairs > 1 for of in found.values()) for found in tables), default=0)
+    least = least_p(most)
+    if fewest and least * fewest > SIGNIFICANT:
+        which = "p" if least > SIGNIFICANT else "corrected p"
         lines.append(
-            f"With {max(tested)} pairs p is 2/2^{max(tested)} = {least:.4f} at least, corrected "
-            f"for {len(tested)} methods {min(1, len(tested) * least):.4f}: too few pairs to reach "
-            f"{SIGNIFICANT}, however clear the difference."
+            f"Too few pairs for a {which} of {SIGNIFICANT}, however clear the difference: with "
+            f"{most} p is 2/2^{most} = {least:.4f} at least, and {min(1, fewest * least):.4f} "
+            f"corrected for {fewest} methods."
         )
     return lines
 

@@ -199,7 +199,8 @@ def test_methods_are_paired_with_a_reference_over_order_and_seed(tmp_path):
     text = (tmp_path / "compare.md").read_text()
     assert "Fewer than two pairs, so neither interval nor p: few (1), none (0)." in text
     # Two methods with six pairs: 2 x 2/2^6 is more than 0.05.
-    assert "With 6 pairs p is 2/2^6 = 0.0312 at least, corrected for 2 methods 0.0625:" in text
+    assert "Too few pairs for a corrected p of 0.05, however clear" in text
+    assert "with 6 p is 2/2^6 = 0.0312 at least, and 0.0625 corrected for 2 methods." in text
     paired = {table["header"][""]: table for table in tables_in(text)}
     learned, forgotten = paired["just learned, loss ↓"], paired["forgetting, loss ↓"]
     assert learned["ours"]["difference"] == "+0.000" and "ref" not in learned
