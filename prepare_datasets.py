@@ -265,12 +265,12 @@ def read_manifest(path: Path) -> dict:
     """Task -> what is known of its file."""
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        if not all(isinstance(entry, dict) for entry in manifest.values()):
-            raise TypeError("an entry is no object")
+        if not all(isinstance(entry["written"], int) for entry in manifest.values()):
+            raise TypeError("an entry says nothing of what was written")
         return manifest
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise UserError(f"{path} is no manifest: remove it, it is written anew") from None
 
 

@@ -1,43 +1,17 @@
-"""Logs as they are read, and finished runs by method."""
+"""Finished runs, as their log folders tell them, by method."""
 
-import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.base_config import NOT_RESULTS
 from configs.command_line import UserError
+from evaluation.logs import number, number_or_none, read_log, read_summary, text
 from evaluation.matrix import forgetting, mean, summarise_scores
 from methods.method import JOINT
 from models.reading import MIB
-
-
-def read_log(path: Path, keys: tuple[str, ...], command: str) -> list[dict]:
-    """Rows of a JSON-lines log that hold all `keys`.
-
-    Raises UserError where the log is missing, empty or damaged; `command` is what writes it.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run {command} first, or give --log_dir") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-            missing = [key for key in keys if key not in rows[-1]]
-        except (json.JSONDecodeError, TypeError):
-            raise UserError(
-                f"{path}, line {number}: damaged; remove the line or run again"
-            ) from None
-        if missing:
-            raise UserError(f"{path}, line {number}: {missing[0]!r} is missing; is it this log?")
-    if not rows:
-        raise UserError(f"{path} is empty: wait for the first line, or run {command} again")
-    return rows
 
 
 @dataclass
@@ -53,23 +27,21 @@ class FinishedRun:
     @classmethod
     def read(cls, folder: Path) -> "FinishedRun":
         """Raises UserError where the run is not finished."""
-        path, command = folder / "seq_summary.json", "python train_slsd_seq.py"
-        try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            last = list(summary["stages"])[-1]
-            summary["config"]["seed"], summary["matrix"], summary["tasks"]
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: is the run of that folder finished?") from None
-        except (ValueError, KeyError, TypeError, IndexError):
-            raise UserError(f"{path} is no summary of a run: run {command} again") from None
-        rows = read_log(folder / "seq_eval_loss.jsonl", ("stage", "eval_task", "loss"), command)
+        summary, command = read_summary(folder / "seq_summary.json"), "python train_slsd_seq.py"
+        last = list(summary["stages"])[-1]
+        kinds = {"stage": text, "eval_task": text, "loss": number, "branches": text}
+        rows = read_log(folder / "seq_eval_loss.jsonl", kinds, command, optional=("branches",))
         log, drift = folder / "seq_drift.jsonl", []
         # One task alone, or all at once, has no earlier one.
         if log.exists() and log.stat().st_size:
-            drift = read_log(log, ("stage", "probe_task", "teacher", "kl_first"), command)
-        path = folder / f"scores_{last}.jsonl"
-        keys = ("task", "metric", "branches", "score", "low", "high")
-        scores = read_log(path, keys, "python evaluate_tasks.py") if path.exists() else []
+            kinds = {"stage": text, "probe_task": text, "teacher": text}
+            kinds |= {"kl_first": number_or_none, "kl_rest": number_or_none}
+            drift = read_log(log, kinds, command)
+        log, scores = folder / f"scores_{last}.jsonl", []
+        if log.exists():
+            kinds = {"task": text, "metric": text, "branches": text}
+            kinds |= {"score": number, "low": number, "high": number}
+            scores = read_log(log, kinds, "python evaluate_tasks.py")
         return cls(
             folder,
             summary,
@@ -137,7 +109,9 @@ class FinishedRun:
     def name(self) -> str:
         """METHOD, METHOD,setting=value or either with @ORDER: NAME of the folder NAME/seed1."""
         is_seed = re.fullmatch(r"seed\d+", self.folder.name)
-        return self.folder.parent.name if is_seed else self.folder.name
+        name = self.folder.parent.name if is_seed else self.folder.name
+        # A folder may be called by bytes that are no text.
+        return os.fsencode(name).decode(errors="replace")
 
     @property
     def pair(self) -> tuple:

@@ -22,6 +22,8 @@ from evaluation.finished import FinishedRun, by_method, group_runs
 from evaluation.labels import nearest, place
 from evaluation.matrix import known, mean, short_names
 
+# A dollar in a name is a dollar.
+matplotlib.rcParams["text.parse_math"] = False
 # Okabe & Ito's palette: told apart with every kind of colour vision. Markers tell them apart too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
