@@ -14,10 +14,12 @@ from pathlib import Path
 
 from configs.command_line import Parser, UserError
 from configs.ending import command_line
-from evaluation.compare import read_log
+from evaluation.logs import count, number, number_from_1, read_log, text
 from evaluation.pictures import COLOURS, UNIT, plot_compare, plt, save, style_of
 
 LINES_WITH_MARKERS = 30
+# With more of them a picture has colours alone: their names and numbers could not be read.
+MOST_TASKS = 40
 
 
 def running_mean(values: list[float], width: int) -> list[float]:
@@ -51,8 +53,9 @@ def plot_single(log_dir: Path, task: str) -> Path:
     """Training loss over optimizer steps and held-out loss at the end of each epoch."""
     command = f"python train_single_task.py --task {task}"
     log = log_dir / f"single_{task}_train_loss.jsonl"
-    train = read_log(log, ("step", "epoch", "loss"), command)
-    held_out = read_log(log_dir / f"single_{task}_eval_loss.jsonl", ("epoch", "loss"), command)
+    kinds = {"epoch": number_from_1, "loss": number}
+    train = read_log(log, {"step": count, **kinds}, command)
+    held_out = read_log(log_dir / f"single_{task}_eval_loss.jsonl", kinds, command)
     steps, losses = [row["step"] for row in train], [row["loss"] for row in train]
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -94,15 +97,19 @@ def turned(names: list[str]) -> dict:
 def plot_sequence(log_dir: Path) -> Path:
     """Held-out loss of every task over the stages, as lines and as the stage x task matrix."""
     log = log_dir / "seq_eval_loss.jsonl"
-    rows = read_log(log, ("stage", "eval_task", "loss"), "python train_slsd_seq.py")
+    command = "python train_slsd_seq.py"
+    kinds = {"stage": text, "eval_task": text, "loss": number, "branches": text}
+    rows = read_log(log, kinds, command, optional=("branches",))
     rows = [row for row in rows if row.get("branches", "latest") == "latest"]
+    if not rows:
+        raise UserError(f"{log} holds no loss of the model as it is: run {command} again")
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     # In the order of learning: the base is evaluated on all tasks in this order.
     tasks = list(dict.fromkeys(row["eval_task"] for row in rows))
     loss = {(row["stage"], row["eval_task"]): row["loss"] for row in rows}
 
     # Room for the numbers of many tasks; the specified five have what they always had.
-    more = max(0, len(tasks) - 6)
+    more = min(max(0, len(tasks) - 6), MOST_TASKS)
     figure, (lines, heat) = plt.subplots(
         1,
         2,
@@ -129,7 +136,8 @@ def plot_sequence(log_dir: Path) -> Path:
     lines.grid(alpha=0.3)
     # Below the axes: inside them it would hide lines.
     below = -0.13 if not turned(stages) else -0.3
-    lines.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=5, columnspacing=1)
+    if len(tasks) <= MOST_TASKS:
+        lines.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=5, columnspacing=1)
     draw_matrix(figure, heat, stages, tasks, loss)
     return save(figure, log.with_suffix(".png"))
 
@@ -145,7 +153,7 @@ def draw_matrix(figure, axes, stages: list[str], tasks: list[str], loss: dict) -
     image = axes.imshow(change, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
     for y, stage in enumerate(stages):
         for x, task in enumerate(tasks):
-            if (stage, task) in loss:
+            if (stage, task) in loss and len(tasks) <= MOST_TASKS:
                 dark = abs(change[y][x]) > 0.6 * largest
                 axes.text(
                     x,
@@ -172,6 +180,12 @@ def main(argv=None):
     parser.add_argument("what", choices=("single", "seq", "compare"), help="what to draw")
     parser.add_argument("names", nargs="*", help="the task of a single run; the runs to compare")
     parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="folder of the logs")
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="METHOD",
+        help="of the runs to compare, the one that all others are paired with by order and seed",
+    )
     args = parser.parse_args(argv)
     fits = {"single": len(args.names) == 1, "seq": not args.names, "compare": args.names}
     if not fits[args.what]:
@@ -179,12 +193,14 @@ def main(argv=None):
             "give one task with single, such as single TASK, none with seq, and the log folders of "
             "runs with compare"
         )
+    if args.against and args.what != "compare":
+        raise UserError(f"--against {args.against} belongs to compare: leave it out")
     if args.what == "single":
         path = plot_single(args.log_dir, args.names[0])
     elif args.what == "seq":
         path = plot_sequence(args.log_dir)
     else:
-        path = plot_compare([Path(name) for name in args.names], args.log_dir)
+        path = plot_compare([Path(name) for name in args.names], args.log_dir, args.against)
     print(f"wrote {path}")
 
 

@@ -22,10 +22,11 @@ from configs.command_line import Knobs, UserError, config_class, knob, parse_dat
 from configs.ending import command_line
 from tasks import TASKS
 from tasks.own import OwnFile
+from tasks.prompt import KEYS
 from tasks.source import Drop, Source, WrongShape
 from tasks.suites import SuiteFile, find_task_files
 from training.saving import atomic_file, file_sha256, run_lock, write_json
-from utils_data import KEYS, read_jsonl
+from utils_data import read_jsonl
 
 TOY_CHARS = 400
 SUITES = ("long_sequence", "standard", "absa", "trace")
@@ -264,12 +265,12 @@ def read_manifest(path: Path) -> dict:
     """Task -> what is known of its file."""
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        if not all(isinstance(entry, dict) for entry in manifest.values()):
-            raise TypeError("an entry is no object")
+        if not all(isinstance(entry["written"], int) for entry in manifest.values()):
+            raise TypeError("an entry says nothing of what was written")
         return manifest
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise UserError(f"{path} is no manifest: remove it, it is written anew") from None
 
 

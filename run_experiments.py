@@ -2,17 +2,29 @@
 
 A finished run is left alone and an interrupted one goes on, so the same command may be given again
 and again. Every other option goes to all runs, whose folders lie below --log_dir and --save_dir.
+--runs FILE takes tables of such options from a file; what is given beside it wins.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import plot_loss
-from configs.command_line import Knobs, Stopped, UserError, default_of, knob, value_of_option
+from configs.command_line import (
+    Knobs,
+    Stopped,
+    UserError,
+    as_flags,
+    default_of,
+    knob,
+    value_of_option,
+)
 from configs.ending import command_line
+from configs.run_file import read_runs
+from evaluation.finished import brief_names
 from methods import METHODS, find_method, knob_names, parse_config
 from models.reading import MIB, read_json
 from tasks import TASKS
@@ -34,7 +46,8 @@ DIGITS = "".join(str(number) for number in range(1, len(NUMBERED) + 1))
 class Experiments(Knobs):
     methods: list[str] = knob(
         list(VARIANTS),
-        f"out of {', '.join(VARIANTS)}; settings of its own follow a comma: slsd,kd_lambda=3",
+        f"out of {', '.join(VARIANTS)}; settings of its own follow a comma: slsd,kd_lambda=3, and "
+        "'slsd,kd_lambda=1|3' is one with each",
     )
     seeds: list[int] = knob([], "of branch weights, samples, their order, probes; none: --seed")
     orders: list[str] = knob(
@@ -42,6 +55,8 @@ class Experiments(Knobs):
         "of the tasks: 12345 as specified, 51234 with safety first; law,medicine; or the name of "
         "an order of the configuration; none: --task_order",
     )
+    against: str = knob("", "one of the methods: the comparison pairs all others with it")
+    runs: str = knob("", "FILE or FILE,TABLE,...: tables of options in YAML; all, or those named")
     jobs: int = knob(
         1,
         "runs at a time, each on a GPU of its own, or on a CPU with its share of the threads; what "
@@ -72,6 +87,7 @@ class Experiment:
     """One run of `train_slsd_seq.py`: its name, its options and what they mean."""
 
     name: str
+    method: str  # with its settings, as it was given
     argv: list[str]
     cfg: object
 
@@ -81,18 +97,28 @@ class Experiment:
         return Path(self.cfg.log_dir) / "seq_summary.json"
 
 
+@dataclass
+class Table:
+    """Runs that are compared with one another, in the folder `log_dir`."""
+
+    log_dir: str
+    against: str
+    runs: list[Experiment]
+
+
 @command_line
 def main(argv=None):
-    cfg, experiments = parse_config(argv, Experiments, description=__doc__, every_method=True)
-    runs = plan(cfg, experiments, argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    tables, cfg, experiments = plan_tables(argv)
     places = find_places(experiments.jobs, cfg.device)
     first, step = experiments.share
+    runs = [run for table in tables for run in table.runs]
     commands = {}
     for number, run in list(enumerate(runs, 1))[first::step]:
         name = f"[{number}/{len(runs)}] {run.name}"
-        if run.summary.exists() and not cfg.overwrite:
+        if run.summary.exists() and not run.cfg.overwrite:
             print(f"{name}: finished", flush=True)
-        elif cfg.dry_run:
+        elif run.cfg.dry_run:
             print(f"{name}: would be run", flush=True)
         else:
             commands[run.name] = command(cfg, name, run, experiments.jobs)
@@ -100,15 +126,69 @@ def main(argv=None):
     if stopped:
         raise Stopped(stopped)
     failed = [name for name, of_run in commands.items() if codes[of_run.name]]
-    done = [str(run.summary.parent) for run in runs if run.summary.exists()]
-    if done and plot_loss.main(["compare", *done, "--log_dir", cfg.log_dir]):
-        failed.append("the comparison")
+    failed += [f"the comparison in {table.log_dir}" for table in tables if not compare(table)]
     if failed:
         raise UserError(f"failed: {', '.join(failed)}; see above for each")
 
 
-def plan(cfg, experiments, argv) -> list[Experiment]:
-    """Every run, all seeds of one kind after another; `UserError` with all that is wrong."""
+def compare(table: Table) -> bool:
+    """Whether the finished runs of a table could be compared; there may be none yet."""
+    done = [run for run in table.runs if run.summary.exists()]
+    argv = ["compare", *(str(run.summary.parent) for run in done), "--log_dir", table.log_dir]
+    if any(run.method == table.against for run in done):
+        argv += ["--against", table.against]
+    return not done or not plot_loss.main(argv)
+
+
+def plan_tables(argv: list[str]) -> tuple[list[Table], object, Experiments]:
+    """The tables of --runs, or the one that the command line is; what was given for the first.
+
+    Raises `UserError` with all that is wrong.
+    """
+    wanted, tables, problems, first = value_of_option(argv, "--runs"), [], [], ()
+    for name, options in (read_runs(wanted) if wanted else {"": []}).items():
+        # What comes last counts.
+        given = [*options, *argv]
+        try:
+            cfg, experiments = parse_config(
+                given, Experiments, description=__doc__, every_method=True
+            )
+            runs = plan(cfg, experiments, given, f"{name}/" if name else "")
+            reference = find_reference(experiments.against, [run.method for run in runs])
+        except UserError as error:
+            problems += [f"{name}: {p}" if name else p for p in str(error).splitlines()]
+            continue
+        tables.append(Table(f"{cfg.log_dir}/{name}".rstrip("/"), reference, runs))
+        first = first or (cfg, experiments)
+    if problems:
+        raise UserError("\n".join(problems))
+    return tables, *first
+
+
+def find_reference(against: str, methods: list[str]) -> str:
+    """Which of `methods` is meant; as in the tables it need not have all its settings."""
+    methods = list(dict.fromkeys(methods))
+    named = dict(zip(brief_names(methods), methods, strict=True)) | {m: m for m in methods}
+    if against and against not in named:
+        raise UserError(f"--against {against}: give one of {', '.join(methods)}")
+    return named.get(against, "")
+
+
+def variants_of(entry: str) -> list[str]:
+    """slsd,kd_lambda=1|3 is two: slsd,kd_lambda=1 and slsd,kd_lambda=3."""
+    name, *own = entry.split(",")
+    choices = []
+    for setting in own:
+        key, is_set, values = setting.partition("=")
+        choices.append([f"{key}{is_set}{value}" for value in values.split("|")])
+    return [",".join([name, *chosen]) for chosen in itertools.product(*choices)]
+
+
+def plan(cfg, experiments, argv, within: str = "") -> list[Experiment]:
+    """Every run, all seeds of one kind after another, in folders below `within`.
+
+    Raises `UserError` with all that is wrong.
+    """
     runs, problems = [], []
     orders = {}
     for order in experiments.orders or [""]:
@@ -117,7 +197,8 @@ def plan(cfg, experiments, argv) -> list[Experiment]:
             orders[label_of(cfg, order, tasks)] = tasks
         except UserError as error:
             problems.append(str(error))
-    for entry in experiments.methods:
+    entries = [variant for entry in experiments.methods for variant in variants_of(entry)]
+    for entry in entries:
         name, *own = entry.split(",")
         if name not in VARIANTS:
             problems.append(f"--methods {name}: give some of {', '.join(VARIANTS)}")
@@ -134,7 +215,7 @@ def plan(cfg, experiments, argv) -> list[Experiment]:
         for label, tasks in orders.items():
             group = f"{entry}@{label}" if label else entry
             for seed in experiments.seeds or [cfg.seed]:
-                folder = f"{group}/seed{seed}"
+                folder = f"{within}{group}/seed{seed}"
                 changes = {
                     **settings,
                     "task_order": tasks,
@@ -146,7 +227,7 @@ def plan(cfg, experiments, argv) -> list[Experiment]:
                 flags = common + as_flags(changes)
                 try:
                     (run_cfg,) = parse_config(flags, description=__doc__)
-                    runs.append(Experiment(folder, flags, run_cfg))
+                    runs.append(Experiment(folder, entry, flags, run_cfg))
                     check_finished(runs[-1])
                 except UserError as error:
                     problems += [f"{entry}: {line}" for line in str(error).splitlines()]
@@ -200,14 +281,6 @@ def flags_for(cfg, method: str, argv) -> list[str]:
     }
     name = value_of_option(list(sys.argv[1:] if argv is None else argv), "--config")
     return [*(["--config", name] if name else []), *as_flags(changed)]
-
-
-def as_flags(settings: dict) -> list[str]:
-    """Fields of a configuration as options of a command line."""
-    flags = []
-    for name, value in settings.items():
-        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
 
 
 def command(cfg, name: str, run: Experiment, jobs: int) -> Command:

@@ -278,6 +278,14 @@ def value_of_option(argv: list[str], option: str) -> str | None:
     return value
 
 
+def as_flags(settings: dict) -> list[str]:
+    """Fields of a configuration as options of a command line."""
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
 def import_file(path: str | Path):
     """The module in the Python file `path`; `UserError` where it cannot be imported."""
     path = Path(path)

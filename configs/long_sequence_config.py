@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from configs.base_config import BaseConfig, suite_paths
+from configs.base_config import suite_paths
+from configs.standard_config import StandardConfig
 
 _QUESTIONS = ["MNLI", "CB", "WiC", "COPA", "QQP", "BoolQA", "RTE", "IMDB"]
 _TWISTED = ["MultiRC", "BoolQA", "WiC", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB", "SST-2"]
@@ -15,23 +16,19 @@ ORDERS = {
     "order4": [*_QUESTIONS, "yelp", "amazon", "SST-2", "dbpedia", "agnews", "MultiRC", "yahoo"],
     "order5": [*_TWISTED, "dbpedia", "agnews", "yelp", "amazon", "yahoo"],
     "order6": [*_REVIEWS, "dbpedia", "agnews", "yahoo", "MultiRC", "BoolQA", "WiC"],
+    # Five with short texts: topic, stars, news, inference, paraphrase.
+    "five1": ["dbpedia", "amazon", "agnews", "MNLI", "QQP"],
+    "five2": ["QQP", "MNLI", "agnews", "amazon", "dbpedia"],
+    "five3": ["MNLI", "agnews", "QQP", "dbpedia", "amazon"],
 }
 
 
 @dataclass
-class LongSequenceConfig(BaseConfig):
-    """1,000 training rows a task; rates and sizes of O-LoRA's LLaMA-7B runs."""
+class LongSequenceConfig(StandardConfig):
+    """1,000 training rows a task; rates and sizes are those of the standard sequence."""
 
     task_orders = ORDERS
     task_order = ORDERS["order1"]
     data_paths = suite_paths("long_sequence", ORDERS["order4"])
     task_judges = [f"{task}=choice" for task in ORDERS["order4"]]
     max_train_samples = 1000
-    max_seq_len = 562  # 512 of the prompt and 50 of the answer
-    eval_samples_per_task = 0  # accuracy as papers give it: on the whole test file
-    num_epochs = 1
-    per_device_batch_size = 4
-    gradient_accumulation_steps = 8
-    lr_schedule = "constant"
-    warmup_ratio = 0.0
-    lr_lora = 1e-3

@@ -1,123 +1,54 @@
-"""Logs as they are read, and finished runs compared in tables."""
+"""Finished runs compared in tables, for a file and for a terminal of 120 columns."""
 
 import itertools
-import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
-from configs.base_config import NOT_RESULTS
 from configs.command_line import UserError
+from evaluation.finished import FinishedRun, by_method
+from evaluation.matrix import known, mean
+from evaluation.statistics import Difference, holm, least_p, paired_difference
 
+Groups = dict[str, list[FinishedRun]]
+Columns = dict[str, tuple[Callable[[FinishedRun], float], str]]
 
-def read_log(path: Path, keys: tuple[str, ...], command: str) -> list[dict]:
-    """Rows of a JSON-lines log that hold all `keys`.
-
-    Raises UserError where the log is missing, empty or damaged; `command` is what writes it.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run {command} first, or give --log_dir") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-            missing = [key for key in keys if key not in rows[-1]]
-        except (json.JSONDecodeError, TypeError):
-            raise UserError(
-                f"{path}, line {number}: damaged; remove the line or run again"
-            ) from None
-        if missing:
-            raise UserError(f"{path}, line {number}: {missing[0]!r} is missing; is it this log?")
-    if not rows:
-        raise UserError(f"{path} is empty: wait for the first line, or run {command} again")
-    return rows
-
-
-@dataclass
-class FinishedRun:
-    """One run of the sequence, as its log folder tells it."""
-
-    folder: Path
-    summary: dict
-    losses: list[dict]  # of the last stage: {"eval_task", "branches", "loss"}
-    drift: list[dict]  # of the last stage, from each earlier task's just-learned model
-    scores: list[dict]  # of the last stage, where evaluate_tasks.py was run on it
-
-    @classmethod
-    def read(cls, folder: Path) -> "FinishedRun":
-        """Raises UserError where the run is not finished."""
-        path, command = folder / "seq_summary.json", "python train_slsd_seq.py"
-        try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            last = list(summary["stages"])[-1]
-            summary["config"]["seed"], summary["matrix"], summary["tasks"]
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: is the run of that folder finished?") from None
-        except (ValueError, KeyError, TypeError, IndexError):
-            raise UserError(f"{path} is no summary of a run: run {command} again") from None
-        rows = read_log(folder / "seq_eval_loss.jsonl", ("stage", "eval_task", "loss"), command)
-        log, drift = folder / "seq_drift.jsonl", []
-        # One task alone, or all at once, has no earlier one.
-        if log.exists() and log.stat().st_size:
-            drift = read_log(log, ("stage", "probe_task", "teacher", "kl_first"), command)
-        path = folder / f"scores_{last}.jsonl"
-        keys = ("task", "metric", "branches", "score", "low", "high")
-        scores = read_log(path, keys, "python evaluate_tasks.py") if path.exists() else []
-        return cls(
-            folder,
-            summary,
-            [row for row in rows if row["stage"] == last],
-            [
-                row
-                for row in drift
-                if row["stage"] == last and row["probe_task"] == row["teacher"] != last
-            ],
-            scores,
-        )
-
-    def reading(self, name: str) -> float:
-        """Mean loss of all tasks after the last stage as the reading `name`; NaN without it."""
-        return mean([r["loss"] for r in self.losses if r.get("branches", "latest") == name])
-
-    def mean_drift(self, key: str) -> float:
-        """Mean drift of the earlier tasks: "kl_first" or "kl_rest", nats per response token."""
-        return mean([row[key] for row in self.drift if row[key] is not None])
-
-    def accuracy(self, key: str) -> float:
-        """Of choices: "last", "avg", "bwt" or "fwt"; NaN where there is none."""
-        value = self.summary.get("accuracy", {}).get(key)
-        return math.nan if value is None else value
-
-    def metric(self, name: str) -> float:
-        """A number of the summary; NaN where it is null.
-
-        The LoRA of a bank's last task is not meant for the others: only what it learns counts.
-        """
-        if not self.summary.get("is_one_model", True) and name != "learning_loss":
-            return math.nan
-        value = self.summary.get(name)
-        return math.nan if value is None else value
-
-
-ACCURACIES = ("last", "avg", "bwt", "fwt")
-
-
-def known(values: list[float]) -> list[float]:
-    """Those that are not NaN."""
-    return [value for value in values if not math.isnan(value)]
-
-
-def mean(values: list[float]) -> float:
-    """The mean of the known values; NaN without any."""
-    numbers = known(values)
-    return sum(numbers) / len(numbers) if numbers else math.nan
+RESULTS: Columns = {
+    "just learned ↓": (lambda run: run.metric("learning_loss"), ".3f"),
+    "forgetting ↓": (lambda run: run.metric("forgetting"), "+.3f"),
+    "BWT ↑": (lambda run: run.metric("backward_transfer"), "+.3f"),
+    "final ↓": (lambda run: run.metric("average_final_loss"), ".3f"),
+}
+FURTHER: Columns = {
+    "AIA ↓": (lambda run: run.metric("average_incremental_loss"), ".3f"),
+    "retention ↑": (lambda run: run.metric("retention"), ".2f"),
+    "drift, first 5 ↓": (lambda run: run.mean_drift("kl_first"), ".3f"),
+    "drift, rest ↓": (lambda run: run.mean_drift("kl_rest"), ".3f"),
+}
+ACCURACIES: Columns = {
+    "just learned ↑": (lambda run: run.accuracy("learning"), ".1f"),
+    "forgetting ↓": (lambda run: run.accuracy("forgetting"), "+.1f"),
+    "Last ↑": (lambda run: run.accuracy("last"), ".1f"),
+    "Avg ↑": (lambda run: run.accuracy("avg"), ".1f"),
+    "BWT ↑": (lambda run: run.accuracy("bwt"), "+.1f"),
+    "FWT ↑": (lambda run: run.accuracy("fwt"), "+.1f"),
+}
+COSTS: Columns = {
+    "samples a task": (lambda run: run.samples_kept(), ".4g"),
+    "kept, MiB": (lambda run: run.mib_kept(), ",.1f"),
+    "backward a step": (lambda run: run.samples_a_step("backward"), ".1f"),
+    "forward a step": (lambda run: run.samples_a_step("forward"), ".1f"),
+    "training, min": (lambda run: run.minutes(), ".1f"),
+}
+PAIRED: Columns = {
+    "just learned, loss ↓": RESULTS["just learned ↓"],
+    "forgetting, loss ↓": RESULTS["forgetting ↓"],
+    "final mean, loss ↓": RESULTS["final ↓"],
+    "just learned, accuracy ↑": ACCURACIES["just learned ↑"],
+    "forgetting, accuracy ↓": ACCURACIES["forgetting ↓"],
+    "final mean, accuracy ↑": ACCURACIES["Last ↑"],
+}
+SIGNIFICANT = 0.05
 
 
 def deviation(values: list[float]) -> float:
@@ -126,88 +57,21 @@ def deviation(values: list[float]) -> float:
     return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
 
 
-# Of all fields, those that tell one run of a group from another.
-OF_A_RUN = {"seed", *NOT_RESULTS}
+def told(value: float, form: str) -> str:
+    """Empty where there is no number."""
+    return "" if math.isnan(value) else format(value, form)
 
 
-def group_runs(folders: list[Path]) -> dict[str, list[FinishedRun]]:
-    """Runs by name: folders NAME/seed1, NAME/seed2, ... are one group NAME.
-
-    Settings that follow a comma in a name are left out where the names stay apart without them.
-    Raises UserError where the runs of a group differ in more than the seed.
-    """
-    groups: dict[str, list[FinishedRun]] = {}
-    for folder in dict.fromkeys(folder.resolve() for folder in folders):
-        is_seed = re.fullmatch(r"seed\d+", folder.name)
-        groups.setdefault(folder.parent.name if is_seed else folder.name, []).append(
-            FinishedRun.read(folder)
-        )
-    for name, runs in groups.items():
-        first, *others = (
-            {k: v for k, v in run.summary["config"].items() if k not in OF_A_RUN} for run in runs
-        )
-        for run, config in zip(runs[1:], others, strict=True):
-            differing = [key for key in {**first, **config} if first.get(key) != config.get(key)]
-            if differing:
-                raise UserError(
-                    f"{run.folder} is not like {runs[0].folder} ({', '.join(sorted(differing))} "
-                    f"differ): compare them under names other than {name}"
-                )
-        seeds = [run.summary["config"]["seed"] for run in runs]
-        if len(set(seeds)) < len(seeds):
-            raise UserError(f"{name}: two of its {len(seeds)} runs have the same seed; give one")
-    check_alike([run for runs in groups.values() for run in runs])
-    short = [re.sub(r",[^@]*", "", name) for name in groups]
-    return {
-        brief if short.count(brief) == 1 else name: runs
-        for brief, (name, runs) in zip(short, groups.items(), strict=True)
-    }
-
-
-# The base's loss on the same samples varies by rounding only, in half precision by less than this.
-SAME_BASE = 0.02
-
-
-def check_alike(runs: list[FinishedRun]) -> None:
-    """Raises UserError where the runs differ in tasks, base model or held-out samples."""
-    first, *others = (
-        dict(zip(run.summary["tasks"], run.summary["matrix"][0], strict=True)) for run in runs
-    )
-    for run, base in zip(runs[1:], others, strict=True):
-        if base.keys() != first.keys() or any(
-            abs(base[task] - first[task]) > SAME_BASE for task in first
-        ):
-            raise UserError(
-                f"{run.folder} and {runs[0].folder} differ in tasks, base model or held-out "
-                "samples (row base of the matrix): compare like with like"
-            )
-
-
-def spread(values: list[float], form: str, form_of_spread: str = ".3f") -> str:
+def spread(values: list[float], form: str) -> str:
     """Mean and, of several, sample standard deviation; empty where there is no number."""
-    numbers = known(values)
-    if not numbers:
-        return ""
-    text = format(mean(numbers), form)
-    if len(numbers) > 1:
-        text += f" ± {format(deviation(numbers), form_of_spread)}"
+    text = told(mean(values), form)
+    if len(known(values)) > 1:
+        text += f" ± {format(deviation(values), form.lstrip('+'))}"
     return text
 
 
-COLUMNS: dict[str, tuple[Callable[[FinishedRun], float], str]] = {
-    "just learned ↓": (lambda run: run.metric("learning_loss"), ".3f"),
-    "forgetting ↓": (lambda run: run.metric("forgetting"), "+.3f"),
-    "BWT ↑": (lambda run: run.metric("backward_transfer"), "+.3f"),
-    "final ↓": (lambda run: run.metric("average_final_loss"), ".3f"),
-    "AIA ↓": (lambda run: run.metric("average_incremental_loss"), ".3f"),
-    "retention ↑": (lambda run: run.metric("retention"), ".2f"),
-    "drift, first 5 ↓": (lambda run: run.mean_drift("kl_first"), ".3f"),
-    "drift, rest ↓": (lambda run: run.mean_drift("kl_rest"), ".3f"),
-}
-
-
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """An aligned Markdown table, for a file and for a terminal."""
+    """An aligned Markdown table."""
     table = [header, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = [
@@ -223,37 +87,81 @@ def readings_in(runs: Iterable[FinishedRun]) -> list[str]:
     return list(dict.fromkeys(["latest", *names]))
 
 
-def with_readings(groups: dict[str, list[FinishedRun]]) -> dict[str, list[FinishedRun]]:
+def with_readings(groups: Groups) -> Groups:
     """The groups that have more than one reading."""
     return {name: runs for name, runs in groups.items() if len(readings_in(runs)) > 1}
 
 
-def compare_tables(groups: dict[str, list[FinishedRun]]) -> str:
-    """All groups by metric, and those with several readings by reading."""
-    a_run = next(iter(groups.values()))[0]
-    base = mean([loss for loss in a_run.summary["matrix"][0] if loss is not None])
-    rows = [["base", "", *(f"{base:.3f}" if name == "final ↓" else "" for name in COLUMNS), ""]]
-    for name, runs in groups.items():
-        cells = [spread([value(run) for run in runs], form) for value, form in COLUMNS.values()]
-        stages = [stage for run in runs for stage in run.summary["stages"].values()]
-        seconds = [stage["train_seconds"] for stage in stages]
-        rows.append([name, str(len(runs)), *cells, f"{sum(seconds) / len(runs) / 60:.1f}"])
+def over_orders(groups: Groups) -> Groups:
+    """The runs by method, those of all orders together."""
+    return {
+        method: list(itertools.chain(*of_method.values()))
+        for method, of_method in by_method(groups).items()
+    }
+
+
+def spreads(runs: list[FinishedRun], columns: Columns) -> list[str]:
+    """A cell for each column, over `runs`."""
+    return [spread([value(run) for run in runs], form) for value, form in columns.values()]
+
+
+def means(runs: list[FinishedRun], columns: Columns) -> list[str]:
+    """A cell for each column: the mean alone."""
+    return [told(mean(map(value, runs)), form) for value, form in columns.values()]
+
+
+def by_name(groups: Groups, header: list[str], cells: Callable) -> str:
+    """A table with a row for each group."""
+    return markdown(["method", *header], [[name, *cells(runs)] for name, runs in groups.items()])
+
+
+def rows_of(groups: Groups, columns: Columns) -> list[list[str]]:
+    """A row for each group, and the mean over orders of a method that has several."""
+    rows = []
+    for method, of_method in by_method(groups).items():
+        for name, runs in of_method.items():
+            rows.append([name, str(len(runs)), *spreads(runs, columns)])
+        if len(of_method) > 1:
+            of_all = (
+                spread([mean(map(value, runs)) for runs in of_method.values()], form)
+                for value, form in columns.values()
+            )
+            number = sum(map(len, of_method.values()))
+            rows.append([f"{method}@all", str(number), *of_all])
+    return rows
+
+
+def compare_tables(groups: Groups, reference: str = "") -> str:
+    """All groups by metric, reading, cost and score, and against the method `reference`."""
+    a_run, methods = next(iter(groups.values()))[0], over_orders(groups)
+    base = mean(loss for loss in a_run.summary["matrix"][0] if loss is not None)
+    of_base = ["base", "", *(f"{base:.3f}" if name == "final ↓" else "" for name in RESULTS)]
     parts = [
-        "Losses in nats per response token, mean ± standard deviation over seeds; ↓ lower is "
-        "better, ↑ higher.",
-        markdown(["method", "seeds", *COLUMNS, "training, min"], rows),
+        "Losses in nats per response token, mean ± standard deviation over seeds, @all over the "
+        "orders' means; ↓ lower is better, ↑ higher.",
+        markdown(["method", "runs", *RESULTS], [of_base, *rows_of(groups, RESULTS)]),
+        "Further, over all runs of a method:",
+        by_name(methods, list(FURTHER), lambda runs: spreads(runs, FURTHER)),
+        "What a method keeps as its last task begins: samples of each earlier task, and MiB in "
+        "all; samples read a step, with a backward and forward only, its own among them.",
+        by_name(methods, list(COSTS), lambda runs: means(runs, COSTS)),
     ]
-    if several := with_readings(groups):
+    if several := with_readings(methods):
         readings = readings_in(itertools.chain(*several.values()))
-        rows = [
-            [name, *(spread([run.reading(r) for run in runs], ".3f") for r in readings)]
-            for name, runs in several.items()
+        of_each: Columns = {r: (lambda run, r=r: run.reading(r), ".3f") for r in readings}
+        parts += [
+            "Final loss by reading:",
+            by_name(several, readings, lambda runs: spreads(runs, of_each)),
         ]
-        parts += ["Final loss by reading:", markdown(["method", *readings], rows)]
-    if known([run.accuracy("last") for runs in groups.values() for run in runs]):
+    if accuracies := {
+        # FWT is known only with --all_readings.
+        name: (value, form)
+        for name, (value, form) in ACCURACIES.items()
+        if known(value(run) for runs in groups.values() for run in runs)
+    }:
         parts += [
             "Accuracy by likelihood, 0 to 100, as papers report it (BWT, FWT: negative = worse).",
-            markdown(["method", "Last", "Avg", "BWT", "FWT"], accuracy_rows(groups)),
+            markdown(["method", "runs", *accuracies], rows_of(groups, accuracies)),
         ]
     if any(run.scores for runs in groups.values() for run in runs):
         parts += [
@@ -261,30 +169,85 @@ def compare_tables(groups: dict[str, list[FinishedRun]]) -> str:
             "one seed, or mean ± standard deviation of several.",
             markdown(*score_table(groups)),
         ]
+    if reference:
+        parts += paired_tables(methods, reference)
     return "\n\n".join(parts) + "\n"
 
 
-def accuracy_rows(groups: dict[str, list[FinishedRun]]) -> list[list[str]]:
-    """A row for each group, and the mean over orders of a method that has several."""
-    by_method: dict[str, list[str]] = {}
-    for name in groups:
-        by_method.setdefault(name.partition("@")[0], []).append(name)
-    rows = []
-    for method, names in by_method.items():
-        means = {
-            n: [mean([run.accuracy(k) for run in groups[n]]) for k in ACCURACIES] for n in names
+def paired_tables(methods: Groups, reference: str) -> list[str]:
+    """Every method minus `reference` over the pairs of runs that share order and seed.
+
+    Raises `UserError` where no method has that name, as in the tables or as of its folder.
+    """
+    named = [
+        method
+        for method, runs in methods.items()
+        if reference in (method, runs[0].name.partition("@")[0])
+    ]
+    if not named:
+        raise UserError(f"--against {reference}: give one of these runs: {', '.join(methods)}")
+    theirs = methods[named[0]]
+    others = {name: runs for name, runs in methods.items() if name != named[0]}
+    shared = {run.pair for run in theirs}
+    pairs = {name: len(shared & {run.pair for run in runs}) for name, runs in others.items()}
+    parts = [
+        f"Against {named[0]}, paired over (order, seed): a method's number minus the reference's, "
+        "the 95 % bootstrap interval, the difference relative to the reference, p by flipping "
+        "signs, and p corrected for the methods of the table (Holm).",
+    ]
+    differences: dict[str, dict[str, Difference]] = {}
+    for metric, (value, _) in PAIRED.items():
+        found = {
+            name: paired_difference(*({run.pair: value(run) for run in x} for x in (runs, theirs)))
+            for name, runs in others.items()
         }
-        for name in names:
-            values = ([run.accuracy(k) for run in groups[name]] for k in ACCURACIES)
-            rows.append([name, *(spread(of_key, ".1f", ".1f") for of_key in values)])
-        if len(names) > 1:
-            columns = zip(*means.values(), strict=True)
-            over_orders = [spread(list(column), ".1f", ".1f") for column in columns]
-            rows.append([f"{method}, mean of {len(names)} orders", *over_orders])
-    return rows
+        differences[metric] = {name: of for name, of in found.items() if of}
+    parts += _too_few(pairs, [found for found in differences.values() if found])
+    for metric, found in differences.items():
+        if found:
+            header = [metric, "pairs", "difference", "95 % interval", "relative", "p", "p, Holm"]
+            form = f"+{PAIRED[metric][1].lstrip('+')}"
+            parts.append(markdown(header, _rows_of_differences(found, form)))
+    return parts
 
 
-def score_table(groups: dict[str, list[FinishedRun]]) -> tuple[list[str], list[list[str]]]:
+def _rows_of_differences(found: dict[str, Difference], form: str) -> list[list[str]]:
+    corrected = holm({name: difference.p for name, difference in found.items()})
+    return [
+        [
+            name,
+            str(of.pairs),
+            told(of.mean, form),
+            f"[{told(of.low, form)}, {told(of.high, form)}]" if of.pairs > 1 else "",
+            # A share of nothing, or of less, says nothing.
+            f"{of.mean / of.theirs:+.1%}" if of.theirs > 0 else "",
+            told(of.p, ".4f"),
+            told(corrected[name], ".4f"),
+        ]
+        for name, of in found.items()
+    ]
+
+
+def _too_few(pairs: dict[str, int], tables: list[dict[str, Difference]]) -> list[str]:
+    """What cannot be said with so many pairs of each method, and so many methods in a table."""
+    lines = []
+    if few := [f"{name} ({number})" for name, number in pairs.items() if number < 2]:
+        lines.append(f"Fewer than two pairs, so neither interval nor p: {', '.join(few)}.")
+    most = max(pairs.values(), default=0)
+    # The smallest table is corrected least.
+    fewest = min((sum(of.pairs > 1 for of in found.values()) for found in tables), default=0)
+    least = least_p(most)
+    if fewest and least * fewest > SIGNIFICANT:
+        which = "p" if least > SIGNIFICANT else "corrected p"
+        lines.append(
+            f"Too few pairs for a {which} of {SIGNIFICANT}, however clear the difference: with "
+            f"{most} p is 2/2^{most} = {least:.4f} at least, and {min(1, fewest * least):.4f} "
+            f"corrected for {fewest} methods."
+        )
+    return lines
+
+
+def score_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
     """(header, rows): a row for each method and reading, a column for each score."""
     cells: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for name, runs in groups.items():
@@ -298,7 +261,7 @@ def score_table(groups: dict[str, list[FinishedRun]]) -> tuple[list[str], list[l
         if len(lines) == 1:
             (line,) = lines
             return f"{line['score']:.0f} [{line['low']:.0f}, {line['high']:.0f}]"
-        return spread([line["score"] for line in lines], ".1f", ".1f")
+        return spread([line["score"] for line in lines], ".1f")
 
     rows = [[*key, *(cell(of_row.get(c, [])) for c in columns)] for key, of_row in cells.items()]
     return ["method", "read as", *columns], rows

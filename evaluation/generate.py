@@ -11,9 +11,9 @@ from evaluation.readings import Stage, read_as, sources_of
 from models.answers import everywhere
 from models.forward import IGNORE, evaluation
 from tasks import find_task
+from tasks.prompt import PromptTemplate
 from training.passes import Passes, progress_bar
 from training.processes import gather
-from utils_data import PromptTemplate
 
 
 def prompt_samples(prompts: list[list[int]]) -> list[dict]:

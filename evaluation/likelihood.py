@@ -13,9 +13,10 @@ from evaluation.readings import Stage, read_as, sources_of
 from models.answers import everywhere
 from models.forward import evaluation, picked_log_probs, response_logits, response_tokens
 from tasks.choice import LIKELIEST, normal
+from tasks.prompt import REJECTED
 from training.passes import Passes, progress_bar
 from training.processes import gather
-from utils_data import REJECTED, InstructionDataset
+from utils_data import InstructionDataset
 
 PREFERRED = "preferred"
 

@@ -8,17 +8,25 @@ A mean is taken over the tasks for which all its cells are there, and is NaN wit
 
 import math
 import textwrap
+from collections.abc import Iterable
 
 from configs.ending import printable
 from methods.method import JOINT
+from models.reading import MIB
 from tasks.task import Task
 
 Matrix = list[list[float]]
 
 
-def _mean(values) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+def known(values: Iterable[float]) -> list[float]:
+    """Those that are not NaN."""
+    return [value for value in values if not math.isnan(value)]
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean of the known values; NaN without any."""
+    numbers = known(values)
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def _gain(before: float, after: float, lower_is_better: bool) -> float:
@@ -28,7 +36,7 @@ def _gain(before: float, after: float, lower_is_better: bool) -> float:
 
 def average_final(matrix: Matrix) -> float:
     """Mean of the last row: 1/T sum_i A[T][i]."""
-    return _mean(matrix[-1])
+    return mean(matrix[-1])
 
 
 def average_incremental(matrix: Matrix) -> float:
@@ -36,12 +44,12 @@ def average_incremental(matrix: Matrix) -> float:
 
     1/T sum_t (1/t sum_{i <= t} A[t][i]).
     """
-    return _mean(_mean(row[:t]) for t, row in enumerate(matrix) if t)
+    return mean(mean(row[:t]) for t, row in enumerate(matrix) if t)
 
 
 def learning(matrix: Matrix) -> float:
     """Each task right after its stage: 1/T sum_i A[i][i]."""
-    return _mean(row[t - 1] for t, row in enumerate(matrix) if t)
+    return mean(row[t - 1] for t, row in enumerate(matrix) if t)
 
 
 def forgetting(matrix: Matrix, lower_is_better: bool = True) -> float:
@@ -53,10 +61,9 @@ def forgetting(matrix: Matrix, lower_is_better: bool = True) -> float:
     last, gains = len(matrix) - 1, []
     for i in range(last - 1):
         after = matrix[last][i]
-        losses = [_gain(matrix[t][i], after, lower_is_better) for t in range(i + 1, last)]
-        known = [-loss for loss in losses if not math.isnan(loss)]
-        gains.append(max(known, default=math.nan))
-    return _mean(gains)
+        losses = [-_gain(matrix[t][i], after, lower_is_better) for t in range(i + 1, last)]
+        gains.append(max(known(losses), default=math.nan))
+    return mean(gains)
 
 
 def backward_transfer(matrix: Matrix, lower_is_better: bool = True) -> float:
@@ -66,7 +73,7 @@ def backward_transfer(matrix: Matrix, lower_is_better: bool = True) -> float:
     forgotten; NaN with one task.
     """
     last = len(matrix) - 1
-    return _mean(_gain(matrix[i + 1][i], matrix[last][i], lower_is_better) for i in range(last - 1))
+    return mean(_gain(matrix[i + 1][i], matrix[last][i], lower_is_better) for i in range(last - 1))
 
 
 def forward_transfer(matrix: Matrix, lower_is_better: bool = True) -> float:
@@ -76,7 +83,7 @@ def forward_transfer(matrix: Matrix, lower_is_better: bool = True) -> float:
     where tasks were not evaluated before they were learned.
     """
     tasks = range(1, len(matrix[0]))
-    return _mean(_gain(matrix[0][i], matrix[i][i], lower_is_better) for i in tasks)
+    return mean(_gain(matrix[0][i], matrix[i][i], lower_is_better) for i in tasks)
 
 
 def retention(matrix: Matrix, lower_is_better: bool = True) -> float:
@@ -93,8 +100,8 @@ def retention(matrix: Matrix, lower_is_better: bool = True) -> float:
         )
         for i in range(last - 1)
     ]
-    known = [pair for pair in pairs if not any(map(math.isnan, pair))]
-    kept, gained = (sum(column) for column in zip(*known, strict=True)) if known else (0.0, 0.0)
+    whole = [pair for pair in pairs if len(known(pair)) == 2]
+    kept, gained = (sum(column) for column in zip(*whole, strict=True)) if whole else (0.0, 0.0)
     return kept / gained if gained > 0 else math.nan
 
 
@@ -137,15 +144,18 @@ def primary_metrics(scores: list[dict], tasks: dict[str, Task]) -> dict[str, str
 
 
 def summarise_scores(matrix: Matrix, joint: bool = False) -> dict[str, float]:
-    """Last, Avg (AIA), BWT, FWT and forgetting of a matrix of scores, as papers report them."""
+    """Last, Avg (AIA), BWT, FWT and more of a matrix of scores, as papers report them."""
+    final = average_final(matrix)
     found = {
-        "last": average_final(matrix),
         "avg": average_incremental(matrix),
+        "learning": learning(matrix),
         "bwt": backward_transfer(matrix, lower_is_better=False),
         "fwt": forward_transfer(matrix, lower_is_better=False),
         "forgetting": forgetting(matrix, lower_is_better=False),
     }
-    return {name: v if name == "last" or not joint else math.nan for name, v in found.items()}
+    if joint:
+        found = dict.fromkeys(found, math.nan) | {"learning": final}
+    return {"last": final, **found}
 
 
 def summarise(matrix: Matrix, joint: bool = False) -> dict[str, float]:
@@ -195,21 +205,38 @@ def _stages(matrix: Matrix, tasks: list[str], joint: bool) -> dict[str, list[flo
     return {"base": matrix[0], **stages}
 
 
+# (what it is called, its key, its form, what it means)
+LOSS_SUMMARY = (
+    ("average final loss", "average_final_loss", ".3f", "lower is better"),
+    ("just-learned loss", "learning_loss", ".3f", "lower is better"),
+    ("forgetting", "forgetting", "+.3f", "positive = forgotten"),
+    ("backward transfer", "backward_transfer", "+.3f", "negative = forgotten"),
+    ("retention", "retention", ".0%", "of what was gained over the base"),
+)
+SCORE_SUMMARY = (
+    ("Last", "last", ".1f", "mean after the last stage"),
+    ("Avg (AIA)", "avg", ".1f", "mean over the tasks seen, over the stages"),
+    ("just learned", "learning", ".1f", "mean of each task right after its stage"),
+    ("forgetting", "forgetting", "+.1f", "positive = forgotten"),
+    ("backward transfer", "bwt", "+.1f", "negative = forgotten"),
+    ("forward transfer", "fwt", "+.1f", "before a task was learned, against the base"),
+)
+
+
+def _told(summary: dict[str, float], rows: tuple) -> list[str]:
+    """A line for each number of a summary that there is."""
+    return [
+        f"{name.ljust(18)} {summary[key]:{form}} ({meaning})"
+        for name, key, form, meaning in rows
+        if not math.isnan(summary[key])
+    ]
+
+
 def format_matrix(matrix: Matrix, tasks: list[str], joint: bool = False) -> str:
     """The matrix of losses and its summary as aligned text, with what each number means."""
     lines = ["held-out loss, nats per response token (lower is better)"]
     lines += _table("stage", _stages(matrix, tasks, joint), tasks)
-    summary = summarise(matrix, joint)
-    for name, key, form, meaning in (
-        ("average final loss", "average_final_loss", ".3f", "lower is better"),
-        ("just-learned loss", "learning_loss", ".3f", "lower is better"),
-        ("forgetting", "forgetting", "+.3f", "positive = forgotten"),
-        ("backward transfer", "backward_transfer", "+.3f", "negative = forgotten"),
-        ("retention", "retention", ".0%", "of what was gained over the base"),
-    ):
-        if not math.isnan(summary[key]):
-            lines.append(f"{name.ljust(18)} {summary[key]:{form}} ({meaning})")
-    return "\n".join(lines)
+    return "\n".join(lines + _told(summarise(matrix, joint), LOSS_SUMMARY))
 
 
 def format_score_matrix(matrix: Matrix, metrics: dict[str, str], joint: bool = False) -> str:
@@ -222,17 +249,7 @@ def format_score_matrix(matrix: Matrix, metrics: dict[str, str], joint: bool = F
     which = f": {kinds.pop()}" if len(kinds) == 1 else ""
     lines = [f"score from 0 to 100 (higher is better){which}"]
     lines += _table("stage", _stages(matrix, tasks, joint), names, ".1f")
-    summary = summarise_scores(matrix, joint)
-    for name, key, form, meaning in (
-        ("Last", "last", ".1f", "mean after the last stage"),
-        ("Avg (AIA)", "avg", ".1f", "mean over the tasks seen, over the stages"),
-        ("forgetting", "forgetting", "+.1f", "positive = forgotten"),
-        ("backward transfer", "bwt", "+.1f", "negative = forgotten"),
-        ("forward transfer", "fwt", "+.1f", "before a task was learned, against the base"),
-    ):
-        if not math.isnan(summary[key]):
-            lines.append(f"{name.ljust(18)} {summary[key]:{form}} ({meaning})")
-    return "\n".join(lines)
+    return "\n".join(lines + _told(summarise_scores(matrix, joint), SCORE_SUMMARY))
 
 
 def format_readings(evaluations: list[dict], tasks: list[str], meanings: dict[str, str]) -> str:
@@ -245,6 +262,22 @@ def format_readings(evaluations: list[dict], tasks: list[str], meanings: dict[st
         for name in readings
     }
     return "\n".join(["", *_table("after the last stage, read as", rows, tasks)])
+
+
+def format_costs(stages: dict[str, dict]) -> str:
+    """What a method kept after each stage and read at its steps, as aligned text.
+
+    From stage -> {"samples_kept", "bytes_kept", "samples_a_step": {"backward", "forward"}}.
+    """
+    rows = {}
+    for name, stage in stages.items():
+        read = stage.get("samples_a_step", {})
+        found = (stage.get("samples_kept"), stage.get("bytes_kept", math.nan) / MIB)
+        found += (read.get("backward"), read.get("forward"))
+        rows[name] = [math.nan if number is None else number for number in found]
+    columns = ["samples kept", "MiB kept", "backward a step", "forward a step"]
+    lines = ["", "kept for later tasks, and samples read a step (forward: without a backward)"]
+    return "\n".join([*lines, *_table("stage", rows, columns, ",.1f")])
 
 
 def format_scores(scores: list[dict]) -> str:

@@ -19,6 +19,7 @@ from models.ds_lora import BRANCHES, branch_off, branches_restored
 from models.forward import evaluation, response_tokens
 from models.reading import read_json, read_safetensors
 from models.router import Router, prompt_feature
+from tasks.prompt import PromptTemplate
 from training.base_model import (
     check_model,
     load_model,
@@ -30,7 +31,7 @@ from training.loop import evaluate_loss
 from training.passes import Passes, StopSignals
 from training.processes import gather
 from training.session import DECIDED_IN_TRAINING, inject
-from utils_data import PromptTemplate, TaskData
+from utils_data import TaskData
 
 ROUTER_PROMPTS = 500
 

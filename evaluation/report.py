@@ -12,6 +12,7 @@ from configs.command_line import is_first
 from evaluation.generate import ask, generate, prompt_ids
 from evaluation.likelihood import choose, prefer
 from evaluation.matrix import (
+    format_costs,
     format_matrix,
     format_readings,
     format_samples,
@@ -157,9 +158,11 @@ class SequenceReport:
         if self.others:
             meanings = {name: reading.meaning for name, reading in READINGS.items()}
             print(format_readings(evaluations, tasks, meanings | self.method.meanings))
+        stages = self.journal.position["stages"]
+        print(format_costs(stages))
         scores = self.scores.read()
         if self.cfg.generate:
-            last = list(self.journal.position["stages"])[-1]
+            last = list(stages)[-1]
             print(format_scores([line for line in scores if line["stage"] == last]))
             primary = primary_metrics(scores, {t: q.about for t, q in self.questions.items()})
             print(format_score_matrix(score_matrix(scores, primary), primary, joint))
@@ -183,7 +186,7 @@ class SequenceReport:
                 **{name: _finite(value) for name, value in summarise(matrix, joint).items()},
                 # Of choices, by likelihood, 0 to 100; empty where no task is one.
                 "accuracy": accuracy,
-                "stages": self.journal.position["stages"],
+                "stages": stages,
                 "is_one_model": self.method.is_one_model,
                 "config": dataclasses.asdict(self.cfg),
                 "identity": self.journal.identity,

@@ -17,9 +17,14 @@ DRAWS = 10_000
 
 @dataclass
 class Difference:
-    """Of `pairs` pairs: the mean difference, its 95 % interval, and p of a two-sided test."""
+    """Of `pairs` pairs: the mean difference, its 95 % interval, and p of a two-sided test.
+
+    Attributes:
+        theirs: the mean that the difference is against, over the same pairs.
+    """
 
     pairs: int
+    theirs: float
     mean: float
     low: float
     high: float
@@ -32,19 +37,27 @@ def paired_difference(ours: dict, theirs: dict, seed: int = 0) -> Difference | N
     The interval is the percentile bootstrap over pairs (Efron 1979), NaN from one pair; p is that
     of the sign-flip permutation test of a mean of zero (Fisher 1935), exact for few pairs.
     """
-    keys = [key for key in ours if key in theirs]
+    keys = [key for key in ours if key in theirs and not math.isnan(ours[key] - theirs[key])]
     differences = [ours[key] - theirs[key] for key in keys]
-    differences = [d for d in differences if not math.isnan(d)]
     if not differences:
         return None
-    mean = statistics.fmean(differences)
+    mean, reference = statistics.fmean(differences), statistics.fmean(theirs[key] for key in keys)
     if len(differences) == 1:
-        return Difference(1, mean, math.nan, math.nan, math.nan)
+        return Difference(1, reference, mean, math.nan, math.nan, math.nan)
     pick = random.Random(seed).choices
     size = len(differences)
     means = sorted(statistics.fmean(pick(differences, k=size)) for _ in range(DRAWS))
     tail = int(0.025 * DRAWS)
-    return Difference(size, mean, means[tail], means[-1 - tail], _sign_flip_p(differences, seed))
+    p = _sign_flip_p(differences, seed)
+    return Difference(size, reference, mean, means[tail], means[-1 - tail], p)
+
+
+def least_p(pairs: int) -> float:
+    """The smallest p that so many pairs can have: all differences of one sign, or all of the other.
+
+    Fewer than 6 pairs cannot reach 0.05.
+    """
+    return 2 / 2**pairs
 
 
 def _sign_flip_p(differences: list[float], seed: int) -> float:

@@ -13,23 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from configs.command_line import Knobs, knob
-from methods.memory import (
-    MemoryKnobs,
-    answer_bytes,
-    choose_kept,
-    draw,
-    learn_again,
-    num_kept_of,
-)
+from methods.memory import KeptAnswers, MemoryKnobs, learn_again
 from methods.method import Method
-from models.answers import (
-    ProbeBuffer,
-    everywhere,
-    pack,
-    read_answers,
-    teacher_of_pass,
-    unpack,
-)
+from models.answers import ProbeBuffer, teacher_of_pass
 from models.forward import picked_log_probs, response_logits
 
 
@@ -45,30 +31,25 @@ class DERPlusPlus(Method):
 
     def __init__(self, cfg, tools):
         super().__init__(cfg, tools)
-        self.kept: list[ProbeBuffer] = []
+        self.kept = KeptAnswers(cfg, tools)
 
     @classmethod
     def kept_bytes(cls, cfg, model, sizes):
-        return sum(answer_bytes(cfg, model, num_kept_of(cfg, size)) for size in sizes)
+        return KeptAnswers.kept_bytes(cfg, model, sizes)
 
     @property
     def num_kept(self):
-        return sum(map(len, self.kept))
-
-    def _samples(self) -> list[tuple[ProbeBuffer, int]]:
-        return [(buffer, i) for buffer in self.kept for i in range(len(buffer))]
+        return len(self.kept)
 
     def auxiliary_samples(self):
-        return [buffer[i] for buffer, i in self._samples()]
+        return self.kept.samples()
 
     def aux_backward(self, step, backward):
-        cfg, samples = self.cfg, self._samples()
-        if samples and cfg.der_alpha:
-            self.match_logits([samples[i] for i in draw(cfg, samples, step)], backward)
-        if samples and cfg.der_beta:
-            again = [samples[i] for i in draw(cfg, samples, step, "/labels")]
-            again = [buffer[i] for buffer, i in again]
-            learn_again(self.model, self.tools.make_passes, again, backward, cfg.der_beta)
+        if len(self.kept) and self.cfg.der_alpha:
+            self.match_logits(self.kept.draw(step), backward)
+        if len(self.kept) and (weight := self.cfg.der_beta):
+            again = [buffer[i] for buffer, i in self.kept.draw(step, "/labels")]
+            learn_again(self.model, self.tools.make_passes, again, backward, weight)
 
     def match_logits(self, chosen: list[tuple[ProbeBuffer, int]], backward) -> None:
         """Leaves the gradient of der_alpha times the mean squared difference of kept classes."""
@@ -80,16 +61,11 @@ class DERPlusPlus(Method):
             backward(self.cfg.der_alpha * torch.square(now - then).mean(-1).sum() / tokens)
 
     def end_task(self, task, samples, is_last):
-        if is_last:
-            return
-        kept = choose_kept(self.cfg, task, samples)
-        share = read_answers(self.model, self.tools.make_passes, kept, self.cfg.kd_top_k, 1.0)[1]
-        answers = everywhere(self.tools.gather, share)
-        self.kept.append(ProbeBuffer.of(kept, [answers[i] for i in range(len(kept))]))
+        if not is_last:
+            self.kept.keep(task, samples)
 
     def state(self):
-        return pack({f"kept_{n:04d}": buffer for n, buffer in enumerate(self.kept)})
+        return self.kept.state()
 
     def restore(self, tensors):
-        buffers = unpack(tensors)
-        self.kept = [buffers[name] for name in sorted(buffers)]
+        self.kept.restore(tensors)

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 
 from configs.command_line import Knobs, knob
-from models.answers import PackedSamples
+from models.answers import PackedSamples, ProbeBuffer, everywhere, pack, read_answers, unpack
 from models.forward import cross_entropy, response_logits, response_tokens
 
 
@@ -70,3 +70,41 @@ def learn_again(model, make_passes, samples: list[dict], backward, weight: float
     for _, batch, targets in make_passes(samples):
         loss = cross_entropy(response_logits(model, **batch), targets)
         backward(weight * loss / tokens)
+
+
+class KeptAnswers:
+    """Kept samples of earlier tasks, with the answers of the model that had just learned them."""
+
+    def __init__(self, cfg, tools):
+        self.cfg, self.tools = cfg, tools
+        self.of_tasks: list[ProbeBuffer] = []
+
+    @staticmethod
+    def kept_bytes(cfg, model, sizes: list[int]) -> int:
+        """About what they take after tasks of so many samples."""
+        return sum(answer_bytes(cfg, model, num_kept_of(cfg, size)) for size in sizes)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.of_tasks))
+
+    def samples(self) -> list[dict]:
+        return [sample for buffer in self.of_tasks for sample in buffer]
+
+    def draw(self, step: int, what: str = "") -> list[tuple[ProbeBuffer, int]]:
+        """(buffer, number in it) of the samples that are read at `step`."""
+        every = [(buffer, i) for buffer in self.of_tasks for i in range(len(buffer))]
+        return [every[i] for i in draw(self.cfg, every, step, what)]
+
+    def keep(self, task: str, samples) -> None:
+        """Some of `task`'s samples, which the model reads once as it is now."""
+        kept = choose_kept(self.cfg, task, samples)
+        share = read_answers(self.tools.model, self.tools.make_passes, kept, self.cfg.kd_top_k, 1.0)
+        answers = everywhere(self.tools.gather, share[1])
+        self.of_tasks.append(ProbeBuffer.of(kept, [answers[i] for i in range(len(kept))]))
+
+    def state(self):
+        return pack({f"kept_{n:04d}": buffer for n, buffer in enumerate(self.of_tasks)})
+
+    def restore(self, tensors):
+        kept = {key: tensor for key, tensor in tensors.items() if key.startswith("kept_")}
+        self.of_tasks = list(unpack(kept).values())

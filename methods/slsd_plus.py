@@ -24,24 +24,9 @@ import torch
 from configs.command_line import Knobs, knob
 from methods.ewc import Anchor, FisherKnobs, anchor_bytes
 from methods.folding import ConsolidationKnobs, Folding
-from methods.memory import (
-    MemoryKnobs,
-    answer_bytes,
-    choose_kept,
-    draw,
-    num_kept_of,
-    teacher_bytes,
-)
+from methods.memory import KeptAnswers, MemoryKnobs, teacher_bytes
 from methods.method import Method, branch_bytes
-from models.answers import (
-    ProbeBuffer,
-    everywhere,
-    kd_loss,
-    pack,
-    read_answers,
-    teacher_of_pass,
-    unpack,
-)
+from models.answers import kd_loss, teacher_of_pass
 from models.forward import cross_entropy, response_logits
 
 
@@ -80,12 +65,12 @@ class SLSDPlus(Method):
         self.folding = Folding(cfg, tools)
         self.anchor = Anchor(cfg, tools)
         self.params = self.anchor.params
-        self.kept: list[ProbeBuffer] = []
+        self.kept = KeptAnswers(cfg, tools)
         self.slow_weights: list[torch.Tensor] = []
 
     @classmethod
     def kept_bytes(cls, cfg, model, sizes):
-        answers = sum(answer_bytes(cfg, model, num_kept_of(cfg, size)) for size in sizes)
+        answers = KeptAnswers.kept_bytes(cfg, model, sizes)
         return answers + 3 * branch_bytes(model) + Folding.kept_bytes(cfg, model)
 
     @classmethod
@@ -96,13 +81,10 @@ class SLSDPlus(Method):
 
     @property
     def num_kept(self):
-        return sum(map(len, self.kept))
-
-    def _samples(self) -> list[tuple[ProbeBuffer, int]]:
-        return [(buffer, i) for buffer in self.kept for i in range(len(buffer))]
+        return len(self.kept)
 
     def auxiliary_samples(self):
-        return [buffer[i] for buffer, i in self._samples()]
+        return self.kept.samples()
 
     def begin_task(self, task, samples, previous):
         self.folding.begin_task(task, previous)
@@ -110,9 +92,9 @@ class SLSDPlus(Method):
             self.slow_weights = [p.detach().clone() for p in self.params]
 
     def aux_backward(self, step, backward):
-        cfg, samples, logged = self.cfg, self._samples(), None
-        if samples and (cfg.memory_ce or cfg.memory_kd):
-            chosen = [samples[i] for i in draw(cfg, samples, step)]
+        cfg, logged = self.cfg, None
+        if len(self.kept) and (cfg.memory_ce or cfg.memory_kd):
+            chosen = self.kept.draw(step)
             tokens = sum(int(buffer.response_lengths[i]) for buffer, i in chosen)
             divergence = torch.zeros((), device=self.params[0].device)
             of_chosen = [buffer[i] for buffer, i in chosen]
@@ -151,17 +133,13 @@ class SLSDPlus(Method):
         self.folding.end_task(task, samples)
         if is_last:
             return
-        kept = choose_kept(self.cfg, task, samples)
-        share = read_answers(self.model, self.tools.make_passes, kept, self.cfg.kd_top_k, 1.0)[1]
-        answers = everywhere(self.tools.gather, share)
-        self.kept.append(ProbeBuffer.of(kept, [answers[i] for i in range(len(kept))]))
+        self.kept.keep(task, samples)
         if self.cfg.anchor_lambda:
             self.anchor.renew(task, samples)
 
     def state(self):
         slow = {f"slow.{i:04d}": tensor.cpu() for i, tensor in enumerate(self.slow_weights)}
-        buffers = pack({f"kept_{n:04d}": buffer for n, buffer in enumerate(self.kept)})
-        return {**self.anchor.state(), **slow, **buffers, **self.folding.state()}
+        return {**self.anchor.state(), **slow, **self.kept.state(), **self.folding.state()}
 
     def restore(self, tensors):
         tensors = self.folding.restore(tensors)
@@ -169,5 +147,4 @@ class SLSDPlus(Method):
         slow = sorted(key for key in tensors if key.startswith("slow."))
         device = self.params[0].device
         self.slow_weights = [tensors[key].to(device).clone() for key in slow]
-        buffers = unpack({k: v for k, v in tensors.items() if k.startswith("kept_")})
-        self.kept = [buffers[name] for name in sorted(buffers)]
+        self.kept.restore(tensors)

@@ -1,4 +1,4 @@
-"""Both branches on disk, as a PEFT adapter and back."""
+"""Both branches on disk, as one LoRA in PEFT's format."""
 
 import json
 import math

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.command_line import UserError
+from tasks.prompt import REJECTED
 from tasks.source import Sample, Source, WrongShape, without_placeholders
-from utils_data import REJECTED
 
 # Each of our columns by the names that it has elsewhere; the first that is there is read.
 NAMES = {

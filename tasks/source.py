@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.command_line import UserError
-from utils_data import KEYS, REJECTED
+from tasks.prompt import KEYS, REJECTED
 
 
 class Drop(Exception):
@@ -85,8 +85,9 @@ class Source:
         """(rows, "raw" or "hub"). Raises `UserError` that names the set and the cure."""
         # Slow to import, and only needed here.
         from datasets import disable_progress_bars, load_dataset
-        from datasets.exceptions import DatasetsError
+        from datasets.utils import logging
 
+        logging.set_verbosity(logging.CRITICAL)  # What it would tell beside, our line says.
         if not sys.stderr.isatty():
             disable_progress_bars()
         folder = Path(raw_dir) / self.hub_id
@@ -103,7 +104,7 @@ class Source:
                     where, config, data_dir=data_dir, split=self.split, cache_dir=cache
                 )
             return rows.to_list(), place
-        except (OSError, ValueError, DatasetsError) as error:
+        except Exception as error:  # Its readers of others' files raise what they like.
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             cure = "mend or remove that folder"
             if place == "hub":
@@ -132,9 +133,8 @@ class Source:
 def _configs(folder: Path) -> list[str]:
     """The configurations that a local set has."""
     from datasets import get_dataset_config_names
-    from datasets.exceptions import DatasetsError
 
     try:
         return get_dataset_config_names(str(folder))
-    except (OSError, ValueError, DatasetsError):
+    except Exception:  # What is wrong with the folder is told when its rows are read.
         return []

@@ -71,7 +71,8 @@ def place() -> str:
     while frame:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(ROOT) and path != Path(__file__):
-            return f"{path.stem}.{frame.f_code.co_qualname.removesuffix('.<locals>.<genexpr>')}"
+            # From Python 3.12 on a comprehension is part of its function.
+            return f"{path.stem}.{frame.f_code.co_qualname.partition('.<locals>')[0]}"
         frame = frame.f_back
     return "?"
 

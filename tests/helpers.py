@@ -1,6 +1,7 @@
 """What several test modules need: tiny models, samples and rows, runs that die, what a run left."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import train_slsd_seq
 from configs.base_config import BaseConfig
+from evaluation.matrix import summarise
 from methods import find_method, run_config
 from methods.method import Tools
 from models.ds_lora import BRANCHES, branch_parameters, replace_with_ds_lora
@@ -220,3 +222,46 @@ def die_in_a_pass(monkeypatch, number, argv, script=train_slsd_seq):
         fail_at(patch, passes_module, "make_passes", number)
         with pytest.raises(Killed):
             script.main(argv)
+
+
+def write_run(
+    folder,
+    matrix,
+    drift=(),
+    readings=None,
+    is_one_model=True,
+    tasks=None,
+    accuracy=None,
+    costs=(),
+    **config,
+):
+    """The log folder of a finished run over the tasks A, B, ...; `accuracy` is a matrix too."""
+    tasks = tasks or [chr(ord("A") + i) for i in range(len(matrix[0]))]
+    cells, right = (
+        [[None if math.isnan(x) else x for x in row] for row in rows]
+        for rows in (matrix, accuracy or [])
+    )
+    metrics = {k: None if math.isnan(v) else v for k, v in summarise(matrix).items()}
+    stages = {task: {"train_seconds": 60.0, "evaluate_seconds": 30.0} for task in tasks}
+    config = {"seed": 1, "method": "ds_lora", "log_dir": str(folder), **config}
+    folder.mkdir(parents=True)
+    summary = {"tasks": tasks, "matrix": cells, **metrics, "stages": stages, "config": config}
+    summary["is_one_model"] = is_one_model
+    summary["accuracy"] = {"matrix": right} if right else {}
+    for task, of_stage in zip(tasks, costs, strict=False):
+        stages[task].update(of_stage)
+    (folder / "seq_summary.json").write_text(json.dumps(summary))
+    rows = [
+        {"stage": s, "eval_task": task, "branches": "latest", "loss": cells[t][i]}
+        for t, s in enumerate(["base", *tasks])
+        for i, task in enumerate(tasks)
+        if cells[t][i] is not None
+    ]
+    rows += [
+        {"stage": tasks[-1], "eval_task": task, "branches": name, "loss": loss}
+        for name, loss in (readings or {}).items()
+        for task in tasks
+    ]
+    (folder / "seq_eval_loss.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "seq_drift.jsonl").write_text("".join(json.dumps(r) + "\n" for r in drift))
+    return str(folder)

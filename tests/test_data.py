@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.command_line import UserError
 from models.forward import IGNORE
+from tasks.prompt import PromptTemplate
 from utils_data import (
     InstructionDataset,
-    PromptTemplate,
     collate_fn,
     held_out_fraction,
     prepare_task,

@@ -2,16 +2,17 @@
 
 import json
 import signal
+from collections import Counter
 
 import pytest
 import torch
-from helpers import errors, make_rows, outcome, read, write_rows
+from helpers import ROOT, errors, make_rows, outcome, read, write_rows
 
 import run_experiments
 import train_slsd_seq
 from configs.command_line import UserError
 from methods import parse_config
-from run_experiments import VARIANTS, Experiments, plan
+from run_experiments import VARIANTS, Experiments, plan, plan_tables
 from training import side_by_side
 from training.side_by_side import find_places
 
@@ -184,3 +185,73 @@ def test_a_finished_run_of_another_model_or_other_data_is_not_taken_for_this_one
     run.summary.write_text(json.dumps(summary))
     with pytest.raises(UserError, match="weights others ->"):
         planned(argv)
+
+
+def test_a_setting_with_several_values_is_a_method_with_each(flags):
+    more = ["--methods", "slsd,kd_lambda=1|3,lr_slow=2e-3", "ewc,ewc_lambda=5|6,lr_lora=1e-3|2e-3"]
+    names = [run.method for run in planned([*flags(), *more])]
+    assert names == [
+        *(f"slsd,kd_lambda={x},lr_slow=2e-3" for x in (1, 3)),
+        *(f"ewc,ewc_lambda={x},lr_lora={y}" for x in (5, 6) for y in ("1e-3", "2e-3")),
+    ]
+
+
+def test_a_file_of_runs_has_tables_and_what_is_given_wins(flags, tmp_path, capsys):
+    path = tmp_path / "runs.yaml"
+    path.write_text(
+        "one: &one\n  methods: ['slsd,kd_lambda=1|3', replay]\n  seeds: [1, 2]\n  kd_top_k: 9\n"
+        "  against: slsd,kd_lambda=3\ntwo:\n  <<: *one\n  methods: [replay]\n  against: replay\n"
+    )
+    argv = [*flags(), "--runs", str(path)]
+    (one, two), cfg, _ = plan_tables(argv)
+    assert [run.name for run in two.runs] == ["two/replay/seed1", "two/replay/seed2"]
+    assert (len(one.runs), one.against) == (6, "slsd,kd_lambda=3")
+    assert one.runs[0].cfg.kd_top_k == 9 and one.runs[0].cfg.lr_fast == 5e-3
+    assert str(two.runs[0].summary) == f"{tmp_path}/logs/two/replay/seed1/seq_summary.json"
+    assert two.log_dir == f"{tmp_path}/logs/two" and cfg.log_dir == f"{tmp_path}/logs"
+    (two,), *_ = plan_tables([*argv, "--runs", f"{path},two", "--seeds", "5", "--kd_top_k", "7"])
+    assert [(run.cfg.seed, run.name) for run in two.runs] == [(5, "two/replay/seed5")]
+
+    path.write_text("one: {methods: [replay], sedes: [1]}\ntwo: {against: ewc, methods: [lwf]}\n")
+    assert run_experiments.main(argv) == 2
+    assert errors(capsys) == [
+        "error: one: unknown option --sedes; did you mean --seeds?",
+        "error: two: --against ewc: give one of lwf",
+    ]
+
+
+def test_finished_runs_are_compared_with_the_reference_once_it_is_there(
+    flags, tmp_path, monkeypatch
+):
+    given = []
+    monkeypatch.setattr(run_experiments.plot_loss, "main", lambda argv: given.append(argv) or 0)
+    monkeypatch.setattr(run_experiments, "run_side_by_side", lambda *_: ({}, 0))
+    monkeypatch.setattr(run_experiments, "check_finished", lambda run: None)
+    argv = [*flags(), "--methods", "replay,lr_lora=1e-3", "ewc", "--against", "replay"]
+    argv += ["--dry_run", "true"]
+    assert run_experiments.main(argv) == 0 and not given
+    for method in ("ewc", "replay,lr_lora=1e-3"):
+        folder = tmp_path / "logs" / method / "seed42"
+        folder.mkdir(parents=True)
+        (folder / "seq_summary.json").touch()
+        assert run_experiments.main(argv) == 0
+    assert "--against" not in given[0]
+    assert given[1][-2:] == ["--against", "replay,lr_lora=1e-3"]
+
+
+def test_the_protocol_is_a_file_of_runs():
+    """Every setting of it is known; tuning gives each method the same number of trials."""
+    path = ROOT / "tests" / "benchmarks" / "protocol.yaml"
+    one_order = ["--seeds", "1", "--orders"]
+    for names, order in (("tuning_a,final_a,ablation_a", "five1"), ("tuning_b,final_b", "12345")):
+        tables, *_ = plan_tables(["--runs", f"{path},{names}", *one_order, order])
+        tuning, final, *ablation = tables
+        trials = Counter(run.method.partition(",")[0] for run in tuning.runs)
+        assert set(trials.values()) == {9}
+        assert trials.keys() == {run.method.partition(",")[0] for run in final.runs}
+        assert final.against.startswith("seq_lora,")
+        assert {run.cfg.data_dir for run in tuning.runs} == {"data_tuning"}
+        assert {run.cfg.data_dir for run in final.runs} == {"data_final"}
+        if ablation:
+            kept = [run for run in ablation[0].runs if run.method.startswith("slsd_plus,")]
+            assert len(kept) == 8 and {run.cfg.memory_per_task for run in kept} == {0.02}

@@ -36,18 +36,23 @@ TINY = {**LLAMA_2_7B, "num_hidden_layers": 3}
 KNOBS = ("fisher", "gram", "kd_", "entropy")
 # Where the host may wait for the device: as a run starts, logs, saves, and ends an evaluation.
 MAY_WAIT = {
-    *("fused._fused", "ds_lora.DSLoRALinear.reset_branch", "telling.Watch.check"),
-    *(
-        "telling.Window.line",
-        "telling.Window.state.<locals>.<dictcomp>",
-        "loop.TaskTraining._log.<locals>.<dictcomp>",
-    ),
-    *("loop.evaluate_loss", "answers.read_answers", "frozen_prefix.FrozenPrefix._rows"),
-    *("frozen_prefix.FrozenPrefix._check", "ds_lora.branch_tensors.<locals>.<dictcomp>"),
-    *("loop.optimizer_tensors.<locals>.<dictcomp>", "ewc.Anchor.estimate.<locals>.<listcomp>"),
-    *("ewc.Anchor.state.<locals>.<dictcomp>", "ds_lora.DSLoRALinear.set_branch"),
-    *("loop.load_optimizer", "ewc.Anchor.restore.<locals>.part.<locals>.<listcomp>"),
-    *("ewc.Anchor.estimate", "loop.TaskTraining.__init__", "ds_lora.reset_branch"),
+    "fused._fused",
+    "ds_lora.DSLoRALinear.reset_branch",
+    "ds_lora.DSLoRALinear.set_branch",
+    "ds_lora.branch_tensors",
+    "ds_lora.reset_branch",
+    "telling.Watch.check",
+    "telling.Window.line",
+    "loop.TaskTraining.__init__",
+    "loop.TaskTraining._log",
+    "loop.evaluate_loss",
+    "loop.load_optimizer",
+    "loop.optimizer_tensors",
+    "answers.read_answers",
+    "frozen_prefix.FrozenPrefix._rows",
+    "frozen_prefix.FrozenPrefix._check",
+    "ewc.Anchor.estimate",
+    "ewc.Anchor.restore",
 }
 
 
@@ -90,7 +95,8 @@ def seven_billion(shape=LLAMA_2_7B, **settings):
 
 def assert_sound(gpu, gib=24):
     """No wait but where one is due, no mask in attention, no vocabulary but at the response."""
-    assert set(gpu.waits) <= MAY_WAIT, gpu.waits
+    # What a `state` reads is saved.
+    assert {where for where in gpu.waits if not where.endswith(".state")} <= MAY_WAIT, gpu.waits
     assert set(gpu.attention) == {("flash", False)}
     assert gpu.rows[torch.float32] <= 2**25 // gpu.vocabulary
     assert gpu.peak < gib * GIB

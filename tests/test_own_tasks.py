@@ -18,8 +18,9 @@ from evaluation.matrix import format_score_matrix, summarise_scores
 from methods import parse_config
 from tasks import judged_task
 from tasks.choice import is_choice, options_of
+from tasks.prompt import PromptTemplate, prompt_text
 from training.passes import Passes, StopSignals
-from utils_data import InstructionDataset, PromptTemplate, prompt_text, split_task
+from utils_data import InstructionDataset, split_task
 
 NAN = math.nan
 

@@ -347,6 +347,31 @@ def test_what_is_there_is_not_replaced_without_leave(run, tmp_path, capsys):
     assert file.read_text() == "mine" and not (file.parent / "T5_safety_full.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("main/train.jsonl", "hello"),
+        ("main/train.jsonl", ""),
+        ("gsm8k.py", "raise SystemExit(3)\n"),
+        ("README.md", "---\nconfigs: !!python/object/apply:os.system ['exit 3']\n---\n"),
+    ],
+)
+def test_a_set_that_its_library_cannot_read_is_one_line(run, raw, capsys, name, text):
+    (raw / "openai/gsm8k" / name).write_text(text)
+    assert run("--tasks", "T2_math") == 2
+    (line,) = errors(capsys)
+    assert "openai/gsm8k cannot be read" in line and "mend or remove" in line
+
+
+@pytest.mark.parametrize("text", ['{"T2_math": []}', '{"T2_math": {}}', "[]", "[" * 100_000])
+def test_a_manifest_that_is_none_is_one_line(run, tmp_path, capsys, text):
+    folder = tmp_path / "data/full"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(text)
+    assert run("--tasks", "T2_math") == 2
+    assert "manifest.json is no manifest: remove it" in errors(capsys)[-1]
+
+
 def test_a_set_that_has_changed_its_form_is_an_error(run, raw, tmp_path, capsys):
     rows = [{"question": "q", "answer": "#### 1"}] + [{"question": "q", "answer": "none"}] * 2
     (raw / "openai/gsm8k/main/train.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -13,7 +13,8 @@ from configs.command_line import UserError
 from evaluation.generate import generate, greedy, left_padded, prompt_ids
 from evaluation.readings import open_stage
 from models.forward import IGNORE
-from utils_data import InstructionDataset, PromptTemplate, prompt_text
+from tasks.prompt import PromptTemplate, prompt_text
+from utils_data import InstructionDataset
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}"

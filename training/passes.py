@@ -17,9 +17,10 @@ from configs.command_line import Stopped, UserError, num_processes, rank, shows_
 from configs.ending import STOPPING, is_out_of_memory
 from models.forward import IGNORE, evaluation, to_device
 from models.frozen_prefix import FrozenPrefix
+from tasks.prompt import PromptTemplate
 from training.memory import PASS_WITHOUT_GRADIENTS, Shapes
 from training.plan import prefix_room
-from utils_data import PromptTemplate, collate_fn
+from utils_data import collate_fn
 
 PREFIX_TOKENS = 2048
 # What a pass costs beside its tokens, in tokens: measured on two CPU cores, where 32 to 128 are

@@ -22,6 +22,7 @@ from models.ds_lora import (
 )
 from tasks import TASKS, judged_task
 from tasks.judges import describe
+from tasks.prompt import PromptTemplate
 from training.base_model import (
     check_device,
     check_model,
@@ -32,6 +33,7 @@ from training.base_model import (
 from training.device import model_dtype, select_device
 from training.identity import check_identity, describe_base, run_identity
 from training.logs import JsonlLog, NoLog
+from training.outputs import check_finished, check_outputs, clear_outputs, state_folder
 from training.passes import Passes, StopSignals
 from training.plan import (
     check_disk,
@@ -42,16 +44,8 @@ from training.plan import (
 )
 from training.prefix_store import open_store
 from training.processes import all_succeed, from_first, joined
-from training.saving import (
-    RunState,
-    atomic_folder,
-    check_finished,
-    check_outputs,
-    clear_outputs,
-    run_lock,
-    state_folder,
-)
-from utils_data import PromptTemplate, TaskData, prepare_task, read_task
+from training.saving import RunState, atomic_folder, run_lock
+from utils_data import TaskData, prepare_task, read_task
 
 # What a checkpoint says of the run that made it, and what reads it must do alike.
 DECIDED_IN_TRAINING = (

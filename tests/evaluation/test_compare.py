@@ -1,153 +1,41 @@
-"""Metrics on hand-made matrices; the pictures' complaints."""
+"""Finished runs in tables: by method, order and reading, and paired against a reference."""
 
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
-import pytest
+from helpers import errors, write_run
 
 import plot_loss
-from evaluation.matrix import (
-    average_final,
-    average_incremental,
-    backward_transfer,
-    forgetting,
-    format_matrix,
-    format_samples,
-    format_score_matrix,
-    forward_transfer,
-    learning,
-    loss_matrix,
-    retention,
-    score_matrix,
-    summarise,
-)
+from evaluation.finished import brief_names
+from evaluation.matrix import forgetting
 
 NAN = math.nan
 # Task 1 gets better before it gets worse; task 2 is forgotten a little.
 LOSSES = [[5.0, 5.0, 5.0], [2.0, NAN, NAN], [1.5, 3.0, NAN], [2.5, 3.2, 1.0]]
 
 
-def test_metrics_by_hand():
-    assert average_final(LOSSES) == pytest.approx((2.5 + 3.2 + 1.0) / 3)
-    assert forgetting(LOSSES) == pytest.approx((1.0 + 0.2) / 2)
-    assert backward_transfer(LOSSES) == pytest.approx((-0.5 - 0.2) / 2)
+def tables_in(text: str) -> list[dict[str, dict[str, str]]]:
+    """Row name -> column -> cell, of each Markdown table in `text`; the name's is "" too."""
+    tables = []
+    for block in text.split("\n\n"):
+        if block.startswith("|"):
+            header, _, *rows = (
+                [cell.strip() for cell in line.strip("|").split("|")]
+                for line in block.strip().splitlines()
+            )
+            tables.append({row[0]: dict(zip(["", *header[1:]], row, strict=True)) for row in rows})
+            tables[-1]["header"] = {"": header[0], **dict.fromkeys(header[1:], "")}
+    return tables
 
 
-def test_for_scores_larger_is_better():
-    scores = [[-x for x in row] for row in LOSSES]
-    assert forgetting(scores, lower_is_better=False) == pytest.approx(0.6)
-    assert backward_transfer(scores, lower_is_better=False) == pytest.approx(-0.35)
-
-
-def test_improvement_is_not_clipped():
-    losses = [[5.0, 5.0], [2.0, NAN], [1.0, 3.0]]
-    assert forgetting(losses) == pytest.approx(-1.0)
-    assert backward_transfer(losses) == pytest.approx(1.0)
-
-
-def test_one_task_has_no_forgetting():
-    summary = summarise([[5.0], [2.0]])
-    assert summary["average_final_loss"] == 2.0
-    assert math.isnan(summary["forgetting"]) and math.isnan(summary["backward_transfer"])
-    assert "forgetting" not in format_matrix([[5.0], [2.0]], ["T1_general"])
-
-
-def test_the_matrix_comes_from_the_log():
-    lines = [
-        {"stage": "base", "eval_task": "A", "loss": 5.0},
-        {"stage": "base", "eval_task": "B", "loss": 6.0},
-        {"stage": "A", "eval_task": "A", "loss": 2.0},
-        {"stage": "B", "eval_task": "A", "loss": 3.0},
-        {"stage": "B", "eval_task": "B", "loss": 4.0},
-    ]
-    matrix = loss_matrix(lines, ["A", "B"])
-    assert matrix[0] == [5.0, 6.0] and matrix[2] == [3.0, 4.0]
-    assert matrix[1][0] == 2.0 and math.isnan(matrix[1][1])
-    text = format_matrix(matrix, ["A", "B"])
-    assert "lower is better" in text and "forgetting         +1.000 (positive = forgotten)" in text
-
-
-def test_the_metrics_that_need_the_base_by_hand():
-    assert learning(LOSSES) == pytest.approx((2.0 + 3.0 + 1.0) / 3)
-    assert average_incremental(LOSSES) == pytest.approx((2.0 + 2.25 + 6.7 / 3) / 3)
-    # Of 3 and 2 nats that tasks 1 and 2 gained over the base, 2.5 and 1.8 are left.
-    assert retention(LOSSES) == pytest.approx(4.3 / 5)
-    assert math.isnan(forward_transfer(LOSSES))
-    full = [[5.0, 5.0, 5.0], [2.0, 4.0, 6.0], [1.5, 3.0, 4.5], [2.5, 3.2, 1.0]]
-    assert forward_transfer(full) == pytest.approx((1.0 + 0.5) / 2)
-    assert math.isnan(retention([[5.0, 5.0], [6.0, NAN], [6.0, 3.0]]))
-
-
-@pytest.mark.parametrize("lower", [True, False])
-@pytest.mark.parametrize("missing", [0, 4])
-def test_the_metrics_against_arrays(lower, missing):
-    """The same formulas over whole arrays, with numpy's own handling of missing cells."""
-    for seed in range(20):
-        draw = np.random.default_rng(seed)
-        A = draw.normal(size=(6, 5))
-        A.flat[draw.choice(np.arange(5, 30), missing, replace=False)] = np.nan
-        # The cells that the sums below need; a matrix without them is another test's.
-        A[[1, 5], 0] = draw.normal(size=2)
-        sign = 1 if lower else -1
-        just, last, base = np.diagonal(A[1:]), A[-1], A[0]
-        matrix = A.tolist()
-        assert average_final(matrix) == pytest.approx(np.nanmean(last))
-        assert learning(matrix) == pytest.approx(np.nanmean(just))
-        seen = [
-            np.nanmean(A[t, :t]) if not np.isnan(A[t, :t]).all() else np.nan for t in range(1, 6)
-        ]
-        assert average_incremental(matrix) == pytest.approx(np.nanmean(seen))
-        assert backward_transfer(matrix, lower) == pytest.approx(
-            np.nanmean(sign * (just - last)[:-1])
-        )
-        best = [np.nanmin(sign * A[i + 1 : 5, i], initial=np.inf) for i in range(4)]
-        best = np.where(np.isinf(best), np.nan, best)
-        assert forgetting(matrix, lower) == pytest.approx(np.nanmean(sign * last[:-1] - best))
-        before = np.array([A[i, i] for i in range(1, 5)])
-        assert forward_transfer(matrix, lower) == pytest.approx(
-            np.nanmean(sign * (base[1:] - before))
-        )
-        kept, gained = sign * (base - last)[:-1], sign * (base - just)[:-1]
-        known = ~np.isnan(kept + gained)
-        expected = kept[known].sum() / gained[known].sum() if gained[known].sum() > 0 else NAN
-        assert retention(matrix, lower) == pytest.approx(expected, nan_ok=True)
-
-
-def write_run(folder, matrix, drift=(), readings=None, is_one_model=True, **config):
-    """The log folder of a finished run over the tasks A, B, ..."""
-    tasks = [chr(ord("A") + i) for i in range(len(matrix[0]))]
-    cells = [[None if math.isnan(x) else x for x in row] for row in matrix]
-    metrics = {k: None if math.isnan(v) else v for k, v in summarise(matrix).items()}
-    stages = {task: {"train_seconds": 60.0, "evaluate_seconds": 30.0} for task in tasks}
-    config = {"seed": 1, "method": "ds_lora", "log_dir": str(folder), **config}
-    folder.mkdir(parents=True)
-    summary = {"tasks": tasks, "matrix": cells, **metrics, "stages": stages, "config": config}
-    summary["is_one_model"] = is_one_model
-    (folder / "seq_summary.json").write_text(json.dumps(summary))
-    rows = [
-        {"stage": s, "eval_task": task, "branches": "latest", "loss": cells[t][i]}
-        for t, s in enumerate(["base", *tasks])
-        for i, task in enumerate(tasks)
-        if cells[t][i] is not None
-    ]
-    rows += [
-        {"stage": tasks[-1], "eval_task": task, "branches": name, "loss": loss}
-        for name, loss in (readings or {}).items()
-        for task in tasks
-    ]
-    (folder / "seq_eval_loss.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "seq_drift.jsonl").write_text("".join(json.dumps(r) + "\n" for r in drift))
-    return str(folder)
-
-
-def table_of(text: str) -> dict[str, list[str]]:
-    """The cells of the first Markdown table in `text`, by row name."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {row[0]: row[1:] for row in rows if len(row) == len(rows[0])} | {"header": rows[0]}
+def cells_of(text: str, name: str) -> dict[str, str]:
+    """What all tables say of the method `name`; the first one to say it counts."""
+    found: dict[str, str] = {}
+    for table in tables_in(text):
+        found = {**table.get(name, {}), **found}
+    return found
 
 
 def test_compare_means_over_seeds_and_draws(tmp_path, capsys):
@@ -168,19 +56,18 @@ def test_compare_means_over_seeds_and_draws(tmp_path, capsys):
     printed = capsys.readouterr().out
     written = (tmp_path / "out" / "compare.md").read_text()
     assert written in printed
-    rows = table_of(written)
-    cells = dict(zip(rows["header"][1:], rows["one"], strict=True))
-    assert cells["seeds"] == "2" and cells["training, min"] == "3.0"
+    cells = cells_of(written, "one")
+    assert cells["runs"] == "2" and cells["training, min"] == "3.0"
     values = [forgetting(LOSSES), forgetting(better)]
     assert cells["forgetting ↓"] == f"{np.mean(values):+.3f} ± {np.std(values, ddof=1):.3f}"
     assert cells["just learned ↓"] == "2.000 ± 0.000"
     assert (
         cells["drift, first 5 ↓"] == "0.600 ± 0.000" and cells["drift, rest ↓"] == "0.100 ± 0.000"
     )
-    alone = dict(zip(rows["header"][1:], rows["other"], strict=True))
+    alone = cells_of(written, "other")
     assert alone["forgetting ↓"] == f"{forgetting(better):+.3f}" and not alone["drift, rest ↓"]
-    assert dict(zip(rows["header"][1:], rows["base"], strict=True))["final ↓"] == "5.000"
-    assert not dict(zip(rows["header"][1:], rows["joint"], strict=True))["forgetting ↓"]
+    assert cells_of(written, "base")["final ↓"] == "5.000"
+    assert not cells_of(written, "joint")["forgetting ↓"]
     assert "| one    | 2.067 ± 0.236 | 2.100 ± 0.141 |" in written
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "compare.md",
@@ -198,9 +85,8 @@ def test_methods_of_several_seeds_need_not_share_their_readings(tmp_path, capsys
         for seed in (1, 2)
     ]
     assert plot_loss.main(["compare", *runs, "--log_dir", str(tmp_path)]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    (bank,) = [row for row in rows if row[:2] == ["|", "bank"] and row[-2:] == ["|", "|"]]
-    assert "2.000" in bank
+    bank = cells_of(capsys.readouterr().out, "bank")
+    assert (bank["own"], bank["slow"]) == ("2.000 ± 0.000", "")
 
 
 def test_logs_from_before_there_were_readings_are_compared(tmp_path):
@@ -235,103 +121,12 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
         assert line.startswith("error: ") and message in line
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "is missing: run python train_slsd_seq.py first"),
-        ("", "is empty"),
-        ('{"stage": "base"', "line 1: damaged"),
-        ('{"stage": "base", "loss": 1}', "line 1: 'eval_task' is missing"),
-        ("3", "line 1: damaged"),
-    ],
-)
-def test_a_log_that_cannot_be_drawn_is_one_line(tmp_path, capsys, content, message):
-    if content is not None:
-        (tmp_path / "seq_eval_loss.jsonl").write_text(content)
-    assert plot_loss.main(["seq", "--log_dir", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ") and message in line
-    assert not list(tmp_path.glob("*.png"))
-
-
-@pytest.mark.parametrize(
-    "argv", [[], ["what"], ["single"], ["seq", "T2_math"], ["seq", "--log", "x"], ["compare"]]
-)
-def test_a_wrong_command_is_one_line(argv, capsys):
-    assert plot_loss.main(argv) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ")
-
-
-def test_a_run_that_is_not_finished_can_be_drawn(tmp_path):
-    rows = [
-        {"stage": "base", "eval_task": "T1_general", "branches": "latest", "loss": 3.0},
-        {"stage": "base", "eval_task": "T2_math", "branches": "latest", "loss": 3.0},
-        {"stage": "T1_general", "eval_task": "T1_general", "branches": "latest", "loss": 2.0},
-        {"stage": "T1_general", "eval_task": "T1_general", "branches": "slow", "loss": 99.0},
-    ]
-    (tmp_path / "seq_eval_loss.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert plot_loss.main(["seq", "--log_dir", str(tmp_path)]) == 0
-
-
-def test_answers_are_told_stage_by_stage_and_cannot_steer_a_terminal():
-    samples = [
-        {"stage": "A", "task": "A", "number": 0, "reply": "one\ntwo \x1b[31mred"},
-        {"stage": "BB", "task": "A", "number": 0, "reply": "x" * 30},
-    ]
-    lines = format_samples(samples, {"A": ["the reference"]}, width=20).splitlines()
-    assert lines[2:] == [
-        "A, question 1",
-        "reference  the reference",
-        "A          one two [31mred",
-        f"BB         {'x' * 17}...",
-    ]
-
-
 def test_a_bank_is_told_by_its_own_loras(tmp_path):
     run = write_run(tmp_path / "bank", LOSSES, (), {"own": 1.5}, is_one_model=False)
     assert plot_loss.main(["compare", run, "--log_dir", str(tmp_path)]) == 0
-    text = (tmp_path / "compare.md").read_text()
-    cells = dict(zip(*(table_of(text)[name] for name in ("header", "bank")), strict=False))
-    assert "| bank   | 1     | 2.000          |              |" in text, cells
-    assert "| bank   | 2.233  | 1.500 |" in text
-
-
-def test_a_task_is_drawn_dotted_until_it_is_learned(tmp_path, monkeypatch):
-    rows = [
-        {"stage": stage, "eval_task": task, "branches": "latest", "loss": 1.0}
-        for stage in ("base", "A", "B")
-        for task in ("A", "B")
-    ]
-    (tmp_path / "seq_eval_loss.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    drawn = []
-    monkeypatch.setattr(plot_loss, "save", lambda figure, path: drawn.append(figure) or path)
-    assert plot_loss.main(["seq", "--log_dir", str(tmp_path)]) == 0
-    lines = drawn[0].axes[0].get_lines()
-    assert [(line.get_linestyle(), len(line.get_xdata())) for line in lines] == [
-        (":", 2),
-        ("-", 2),
-        (":", 3),
-        ("-", 1),
-    ]
-
-
-def test_scores_have_a_matrix_of_their_own():
-    lines = [
-        {"stage": stage, "task": task, "metric": metric, "score": score}
-        for stage, task, metric, score in (
-            ("base", "A", "right", 5.0),
-            ("A", "A", "right", 60.0),
-            ("A", "A", "other", 99.0),
-            ("B", "A", "right", 40.0),
-            ("B", "B", "good", 80.0),
-        )
-    ]
-    metrics = {"A": "right", "B": "good"}
-    matrix = score_matrix(lines, metrics)
-    assert matrix[2] == [40.0, 80.0] and matrix[0][0] == 5.0 and math.isnan(matrix[0][1])
-    text = format_score_matrix(matrix, metrics)
-    assert "forgetting         +20.0" in text and "backward transfer  -20.0" in text
+    bank = cells_of((tmp_path / "compare.md").read_text(), "bank")
+    assert bank["just learned ↓"] == "2.000" and not bank["forgetting ↓"] + bank["final ↓"]
+    assert (bank["latest"], bank["own"]) == ("2.233", "1.500")
 
 
 def test_scores_are_compared_where_they_are_there(tmp_path):
@@ -359,52 +154,6 @@ def test_scores_are_compared_where_they_are_there(tmp_path):
     assert "| none   | own" not in text
 
 
-def drawn_single(tmp_path, monkeypatch, train, held_out):
-    """The lines of the picture of a single run, from (epoch, step) of each log line and epochs."""
-    rows = [{"epoch": e, "step": s, "loss": 3.0 - s / 1e6} for e, s in train]
-    log = tmp_path / "single_T_train_loss.jsonl"
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = [{"epoch": epoch, "loss": 3.0} for epoch in held_out]
-    log = tmp_path / "single_T_eval_loss.jsonl"
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drawn = []
-    monkeypatch.setattr(plot_loss, "save", lambda figure, path: drawn.append(figure) or path)
-    assert plot_loss.main(["single", "T", "--log_dir", str(tmp_path)]) == 0
-    return drawn[0].axes[0]
-
-
-@pytest.mark.parametrize(
-    ("train", "ends"),
-    [
-        # Fewer steps than logging_steps; then with epochs that have no line.
-        ([(1, 6)], [6]),
-        ([(3, 6)], [2, 4, 6]),
-        ([(2, 10), (3, 20), (3, 21)], [7, 14, 21]),
-        ([(1, 10), (1, 20), (2, 30), (2, 40)], [20, 40]),
-        # Ended by max_steps_per_task in the third epoch, and not finished.
-        ([(e, s) for s in range(1, 18) for e in [-(-s // 7)]], [7, 14, 17]),
-        ([(e, s) for s in range(1, 17) for e in [-(-s // 7)]][:-1], [7, 14]),
-    ],
-)
-def test_held_out_points_stand_where_their_epoch_ended(tmp_path, monkeypatch, train, ends):
-    axes = drawn_single(tmp_path, monkeypatch, train, range(1, len(ends) + 1))
-    training, held_out = axes.get_lines()[0], axes.get_lines()[-1]
-    assert list(held_out.get_xdata()) == ends and held_out.get_marker() == "o"
-    assert list(training.get_xdata()) == [step for _, step in train]
-    assert training.get_marker() == "."
-    assert "LoRA" not in axes.get_title()
-
-
-def test_a_long_log_is_drawn_in_seconds(tmp_path, monkeypatch):
-    start = time.monotonic()
-    train = [(1 + s // 1000, s + 1) for s in range(80_000)]
-    axes = drawn_single(tmp_path, monkeypatch, train, range(1, 81))
-    assert time.monotonic() - start < 10
-    plain, smooth, held_out = axes.get_lines()
-    assert plain.get_marker() == "" and list(held_out.get_xdata())[:2] == [1000, 2000]
-    assert plot_loss.running_mean([1.0, 2.0, 4.0, 8.0], 2) == [1.0, 1.5, 3.0, 6.0]
-
-
 def test_runs_of_two_virtual_environments_are_compared(tmp_path):
     places = [{"model_name": f"/{p}/m.gguf", "data_dir": f"/{p}/data"} for p in ("a", "b")]
     runs = [
@@ -412,3 +161,108 @@ def test_runs_of_two_virtual_environments_are_compared(tmp_path):
         for s, place in enumerate(places)
     ]
     assert plot_loss.main(["compare", *runs, "--log_dir", str(tmp_path)]) == 0
+
+
+def test_names_keep_the_settings_that_tell_methods_apart():
+    assert brief_names(["a,x=1,y=2", "a,x=1,y=3@o", "b,x=1", "b", "c,z=1@o", "c,z=1"]) == [
+        *("a,y=2", "a,y=3@o"),
+        *("b,x=1", "b"),
+        *("c@o", "c"),
+    ]
+
+
+def worse(by: float) -> list[list[float]]:
+    """LOSSES whose last stage forgets more."""
+    return [*LOSSES[:-1], [LOSSES[-1][0] + by, LOSSES[-1][1] + by, LOSSES[-1][2]]]
+
+
+ACCURACY = [[30.0] * 3, [80.0, NAN, NAN], [70.0, 90.0, NAN], [60.0, 85.0, 70.0]]
+
+
+def test_methods_are_paired_with_a_reference_over_order_and_seed(tmp_path):
+    """By hand: each pair differs by 0.1, so that the interval is a point; six pairs reach 0.05."""
+    runs = []
+    for order in ("", "@BAC", "@CBA"):
+        tasks = list(order.removeprefix("@") or "ABC")
+        for seed in (1, 2):
+            own = {"tasks": tasks, "seed": seed, "accuracy": ACCURACY}
+            # The base is the same on each task, whichever order.
+            for name, by in (("ref,lr=1", 0.2), ("ours", 0.1), ("same", 0.2)):
+                by += seed / 100
+                runs.append(
+                    write_run(tmp_path / f"{name}{order}" / f"seed{seed}", worse(by), **own)
+                )
+    runs.append(write_run(tmp_path / "few" / "seed2", LOSSES, seed=2))
+    runs.append(write_run(tmp_path / "none" / "seed9", LOSSES, seed=9))
+    log_dir = ["--log_dir", str(tmp_path)]
+    assert plot_loss.main(["compare", *runs, *log_dir, "--against", "ref,lr=1"]) == 0
+    text = (tmp_path / "compare.md").read_text()
+    assert "Fewer than two pairs, so neither interval nor p: few (1), none (0)." in text
+    # Two methods with six pairs: 2 x 2/2^6 is more than 0.05.
+    assert "Too few pairs for a corrected p of 0.05, however clear" in text
+    assert "with 6 p is 2/2^6 = 0.0312 at least, and 0.0625 corrected for 2 methods." in text
+    paired = {table["header"][""]: table for table in tables_in(text)}
+    learned, forgotten = paired["just learned, loss ↓"], paired["forgetting, loss ↓"]
+    assert learned["ours"]["difference"] == "+0.000" and "ref" not in learned
+    reference = forgetting(worse(0.215))
+    assert list(forgotten["ours"].values())[1:] == [
+        *("6", "-0.100", "[-0.100, -0.100]"),
+        *(f"{-0.1 / reference:+.1%}", "0.0312", "0.0625"),
+    ]
+    assert forgotten["few"]["pairs"] == "1" and "none" not in forgotten
+    assert not forgotten["few"]["95 % interval"] + forgotten["few"]["p"]
+    assert paired["final mean, accuracy ↑"]["ours"]["difference"] == "+0.0"
+    assert "few" not in paired["final mean, accuracy ↑"]
+    # The orders beside one another, and their mean.
+    assert cells_of(text, "ours@all")["runs"] == "6"
+    assert cells_of(text, "ours@BAC")["Last ↑"] == "71.7 ± 0.0"
+    # By the brief name too; without accuracies there is no table of them.
+    assert plot_loss.main(["compare", *runs[-2:], *log_dir, "--against", "few"]) == 0
+    assert "accuracy" not in (tmp_path / "compare.md").read_text()
+
+
+def test_a_reference_that_is_not_there_is_one_line(tmp_path, capsys):
+    run = write_run(tmp_path / "one" / "seed1", LOSSES)
+    argv = ["compare", run, "--log_dir", str(tmp_path), "--against", "two"]
+    assert plot_loss.main(argv) == 2
+    assert errors(capsys) == ["error: --against two: give one of these runs: one"]
+    assert plot_loss.main(["seq", "--against", "one"]) == 2
+    assert errors(capsys) == ["error: --against one belongs to compare: leave it out"]
+
+
+def test_what_a_method_keeps_and_reads_is_told(tmp_path):
+    costs = [
+        {
+            "samples_kept": 4 * (stage + 1),
+            "bytes_kept": 2**20 * (stage + 1),
+            "samples_a_step": {"backward": 8.0 + 4 * bool(stage), "forward": 1.0},
+        }
+        for stage in range(3)
+    ]
+    runs = [write_run(tmp_path / "keeps", LOSSES, costs=costs), write_run(tmp_path / "x", LOSSES)]
+    assert plot_loss.main(["compare", *runs, "--log_dir", str(tmp_path)]) == 0
+    text = (tmp_path / "compare.md").read_text()
+    keeps, older = cells_of(text, "keeps"), cells_of(text, "x")
+    # As the third task begins: two tasks' samples.
+    assert (keeps["samples a task"], keeps["kept, MiB"]) == ("4", "2.0")
+    assert (keeps["backward a step"], keeps["forward a step"]) == ("10.7", "1.0")
+    # Runs from before this was noted.
+    assert not older["samples a task"] + older["kept, MiB"] + older["backward a step"]
+    assert older["training, min"] == "3.0"
+
+
+def test_the_tables_fit_a_terminal(tmp_path):
+    name = "slsd_plus,memory_per_task=0.05"
+    runs = [
+        write_run(
+            *(tmp_path / f"{name},b=2{order}" / f"seed{seed}", LOSSES),
+            **{"accuracy": ACCURACY, "seed": seed},
+        )
+        for order in ("", "@order", "@other")
+        for seed in (1, 2)
+    ]
+    runs.append(write_run(tmp_path / name.replace("0.05", "0.5,b=2") / "seed1", LOSSES))
+    argv = ["compare", *runs, "--log_dir", str(tmp_path), "--against", f"{name},b=2"]
+    assert plot_loss.main(argv) == 0
+    lines = (tmp_path / "compare.md").read_text().splitlines()
+    assert max(len(line) for line in lines if line.startswith("|")) <= 120

@@ -36,11 +36,12 @@ from evaluation.readings import BASE, Stage
 from models.forward import IGNORE
 from tasks.code import judge_code
 from tasks.math import judge_math
+from tasks.prompt import PromptTemplate
 from tasks.tool import judge_calls
 from training import saving
 from training.passes import Passes, StopSignals
 from training.saving import run_lock
-from utils_data import InstructionDataset, PromptTemplate
+from utils_data import InstructionDataset
 
 TASKS = ["T1_general", "T2_math", "T3_code"]
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from evaluation import statistics
-from evaluation.statistics import holm, paired_difference
+from evaluation.statistics import holm, least_p, paired_difference
 
 
 def test_only_runs_that_have_a_partner_count():
@@ -14,6 +14,7 @@ def test_only_runs_that_have_a_partner_count():
         {"a": 1.0, "b": 3.0, "c": 9.0, "d": 2.0}, {"a": 0.5, "b": 1.0, "d": math.nan}
     )
     assert found.pairs == 2 and found.mean == pytest.approx(1.25)
+    assert found.theirs == pytest.approx(0.75)
     assert (found.low, found.high) == (0.5, 2.0)
     assert paired_difference({"a": 1.0}, {"b": 1.0}) is None
 
@@ -28,6 +29,7 @@ def test_one_pair_has_no_interval():
 def test_p_of_differences_of_one_sign_is_two_patterns_of_all(size):
     ours = {i: 1.0 + i for i in range(size)}
     assert paired_difference(ours, dict.fromkeys(ours, 0.0)).p == pytest.approx(2 / 2**size)
+    assert least_p(size) == pytest.approx(2 / 2**size)
 
 
 def test_p_of_many_pairs_is_drawn_and_agrees_with_the_exact_one():

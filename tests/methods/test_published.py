@@ -57,7 +57,8 @@ def learned(name, **settings):
 
 def test_derpp_adds_squared_differences_of_logits_and_labels_of_other_samples():
     model, method = learned("derpp", der_alpha=0.3, der_beta=0.7)
-    then = {s["id"]: method.kept[0].answers(i) for i, s in enumerate(method.kept[0])}
+    (buffer,) = method.kept.of_tasks
+    then = {sample["id"]: buffer.answers(i) for i, sample in enumerate(buffer)}
     seen = spied(method)
     method.aux_backward(5, backward)
     found = gradients(model)
@@ -193,7 +194,7 @@ def test_each_part_of_slsd_plus_is_what_it_says_and_zero_is_off(part):
     elif part == "memory_ce":
         loss = 0.6 * mean_loss(model, seen[0])
     else:
-        (buffer,) = method.kept
+        (buffer,) = method.kept.of_tasks
         numbers = {s["id"]: i for i, s in enumerate(buffer)}
         total = tokens = 0
         for sample in seen[0]:
@@ -241,7 +242,7 @@ def test_what_is_kept_are_the_answers_of_the_model_that_had_just_learned():
     method = make_method("slsd_plus", model, **MEMORY)
     method.end_task("T1", make_samples([12, 7, 20, 9]), False)
     assert method.num_kept == 4 and method.tools.gather is alone
-    (buffer,) = method.kept
+    (buffer,) = method.kept.of_tasks
     for i, sample in enumerate(buffer):
         with torch.no_grad():
             expected = coarsen(logits_of(model, [sample])[0], 16)

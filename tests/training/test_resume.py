@@ -20,8 +20,8 @@ import train_single_task
 import train_slsd_seq
 from configs.command_line import UserError
 from methods import parse_config
+from training import outputs, plan, saving
 from training import passes as passes_module
-from training import plan, saving
 from training.logs import JsonlLog
 from training.saving import RunState, run_lock
 
@@ -168,11 +168,11 @@ def test_a_death_while_overwriting_never_leaves_a_finished_run_without_its_logs(
         with monkeypatch.context() as patch:
             removed = fail_at(patch, saving.os, "unlink", number)
             with contextlib.suppress(Killed):
-                saving.clear_outputs(cfg, "seq")
+                outputs.clear_outputs(cfg, "seq")
         if len(removed) <= number:
             break
         # For `run_experiments.py` too.
-        assert not saving.summary_path(cfg).exists()
+        assert not outputs.summary_path(cfg).exists()
         capsys.readouterr()
         assert train_slsd_seq.main(argv) == 2
         assert "--overwrite true" in errors(capsys)[-1]
