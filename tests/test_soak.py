@@ -14,7 +14,7 @@ from helpers import ROOT, Killed, fail_at, outcome
 import evaluate_tasks
 import run_experiments
 import train_slsd_seq
-from training import saving
+from training import logs, saving
 
 # Where a death is tried: (module or class, function).
 PLACES = [
@@ -23,7 +23,7 @@ PLACES = [
     (saving.os, "rename"),
     (saving.os, "unlink"),
     (saving.shutil, "rmtree"),
-    (saving.JsonlLog, "write"),
+    (logs.JsonlLog, "write"),
 ]
 # A comparison tells how long the runs took.
 CLOCKS = ("compare.md", "compare.pdf", "compare.png")
