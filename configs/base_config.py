@@ -288,6 +288,7 @@ class BaseConfig(Knobs):
         0.0,
         "TFLOP/s of the device in matrix products, from which --dry_run tells hours; 0: measured",
         at_least=0,
+        at_most=10**6,
         decides=False,
     )
 

@@ -13,9 +13,9 @@ import plot_loss
     [
         (None, "is missing: run python train_slsd_seq.py first"),
         ("", "is empty"),
-        ('{"stage": "base"', "line 1: damaged"),
+        ('{"stage": "base"', "line 1 is no JSON"),
         ('{"stage": "base", "loss": 1}', "line 1: 'eval_task' is missing"),
-        ("3", "line 1: damaged"),
+        ("3", "line 1 is no object"),
     ],
 )
 def test_a_log_that_cannot_be_drawn_is_one_line(tmp_path, capsys, content, message):

@@ -99,7 +99,7 @@ def test_the_sequence_learns_and_its_summary_says_what_it_printed(sequence):
     assert [stage["probes"] for stage in summary["stages"].values()] == [0, 4, 4, 4, 4]
     assert summary["config"]["lora_r"] == 4 and summary["device"] == "cpu"
     assert f"forgetting         {forgetting(matrix):+.3f} (positive = forgotten)" in printed
-    table = printed.partition("answers after each stage")[0].splitlines()
+    table = printed.partition("kept for later tasks")[0].splitlines()
     last = [line for line in table if line.startswith("T5_safety  ")][-1]
     assert f"{matrix[5][0]:.3f}" in last
 

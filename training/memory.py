@@ -18,6 +18,12 @@ PASS_WITHOUT_GRADIENTS = 4
 BLOCK, BLOCKS_OF_LOSS, BLOCKS_OF_ENTROPY = 4 * 2**25, 2, 4
 
 
+def _width(config, name: str, usual: int) -> int:
+    """A number of the configuration, the largest where each layer has its own; else `usual`."""
+    value = getattr(config, name, None) or usual
+    return max(value) if isinstance(value, list | tuple) else value
+
+
 @dataclass
 class Shapes:
     """Of a decoder with branches: widths in numbers, `itemsize` in bytes of an activation."""
@@ -42,15 +48,15 @@ class Shapes:
         config, branches = model.config.get_text_config(), list(ds_lora_layers(model).values())
         decoder = find_decoder_layers(model)[1]
         with_branches = [any(module in branches for module in layer.modules()) for layer in decoder]
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        head = getattr(config, "head_dim", None) or hidden // heads
+        hidden, heads = config.hidden_size, _width(config, "num_attention_heads", 1)
+        head = _width(config, "head_dim", hidden // heads)
         return cls(
             layers=len(decoder),
             upper=len(decoder) - with_branches.index(True) if branches else 0,
             hidden=hidden,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+            intermediate=_width(config, "intermediate_size", 4 * hidden),
             queries=heads * head,
-            keys=head * (getattr(config, "num_key_value_heads", None) or heads),
+            keys=head * _width(config, "num_key_value_heads", heads),
             heads=heads,
             vocabulary=config.vocab_size,
             trainable=sum(p.numel() for b in BRANCHES for p in branch_parameters(model, b)),

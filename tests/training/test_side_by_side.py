@@ -54,7 +54,8 @@ def stop(n, _):
     sys.exit(128 + n)
 signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
-print('ready', flush=True)
+sys.stdout.write('ready\\n')  # `print` would write the end of the line apart.
+sys.stdout.flush()
 time.sleep(30)
 """
 MAIN = f"""
