@@ -1,11 +1,14 @@
 """Each trap of the source sets, on rows written by hand in their schema."""
 
+import contextlib
 import gzip
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
-from helpers import command, contents, errors
+from helpers import Killed, command, contents, errors, fail_at
 
 import prepare_datasets
 from configs.base_config import TASKS
@@ -482,6 +485,26 @@ def test_a_run_that_was_interrupted_goes_on(run, raw, tmp_path, capsys, monkeypa
     assert all(after[path] == before[path] for path in before if "jsonl" in path.name)
     assert len(after) == 6
     assert run("--seed", "1") == 2
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace", "unlink"])
+def test_a_death_at_any_write_leaves_what_goes_on(run, tmp_path, monkeypatch, function):
+    argv, folder = ["--tasks", "T2_math", "T3_code"], tmp_path / "data"
+    assert run(*argv) == 0
+    files = sorted(folder.rglob("*.json*"))
+    expected, deaths = [path.read_bytes() for path in files], 0
+    while True:
+        shutil.rmtree(folder)
+        with monkeypatch.context() as patch:
+            calls = fail_at(patch, os, function, deaths)
+            with contextlib.suppress(Killed):
+                run(*argv)
+        if len(calls) <= deaths:
+            break
+        deaths += 1
+        assert run(*argv) == 0 and sorted(folder.rglob("*.json*")) == files
+        assert [path.read_bytes() for path in files] == expected
+    assert deaths >= 4
 
 
 def test_toy_files_are_sampled_from_full_and_never_over_others(run, tmp_path, capsys):
