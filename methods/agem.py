@@ -20,8 +20,8 @@ class AGEM(Replay):
 
     @classmethod
     def device_bytes(cls, cfg, model, positions):
-        # The reference and the gradient, each as one tensor, and what is subtracted.
-        return 3 * branch_bytes(model)
+        # The reference; the gradient as one tensor comes after the passes, which take more.
+        return branch_bytes(model)
 
     def aux_backward(self, step, backward):
         self.reference = None

@@ -49,8 +49,8 @@ class ILoRA(Replay):
 
     @classmethod
     def device_bytes(cls, cfg, model, positions):
-        # The slow copy, and the live weights while it is in place.
-        return 2 * branch_bytes(model)
+        # The slow copy; while it is in place no pass keeps anything.
+        return branch_bytes(model)
 
     def aux_backward(self, step, backward):
         if not self.samples:

@@ -6,6 +6,7 @@ kernel runs, how much memory a run takes.
 
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from configs.base_config import BaseConfig
 from evaluation.generate import generate
 from evaluation.likelihood import option_losses
 from methods import METHODS, find_method, knob_names, run_config
+from methods.folding import Folding
 from models.answers import read_answers
 from models.forward import response_tokens
 from train_slsd_seq import make_method, train_one_task_with_slsd
-from training.device import spare_the_gpu
+from training import base_model
+from training.base_model import load_model
 from training.logs import NoLog
 from training.loop import TaskTraining, evaluate_loss
 from training.memory import Shapes, flops_per_token, run_bytes
@@ -85,8 +88,10 @@ def seven_billion(shape=LLAMA_2_7B, **settings):
     """(cfg, passes) of a run with the default settings but for `settings`."""
     method = find_method(settings.get("method", "ds_lora"))
     cfg = run_config(BaseConfig, method)(**{"max_steps_per_task": 1, **settings})
-    model = llama(**shape)
-    spare_the_gpu(model)
+    loaded = llama(**shape), {"missing_keys": []}
+    with mock.patch.object(base_model, "_loaded", lambda *_, **__: loaded):
+        model = load_model(cfg, CUDA)
+    assert not [m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"]
     inject(cfg, model)
     if cfg.gradient_checkpointing:
         enable_checkpointing(model)
@@ -161,6 +166,8 @@ def test_a_step_with_the_kept_prefix_and_distillation():
         gpu.reset()
         train(cfg, passes, samples, method=method, stage="T2_math")
     assert gpu.waits.total() == 7
+    # No layer is run forward but those that have a backward.
+    assert gpu.kernels["flash_backward"] == 3 * gpu.kernels["flash"]
     assert gpu.rows[BF16] <= sum(map(response_tokens, samples))
     assert_sound(gpu)
 
@@ -193,14 +200,16 @@ def test_a_run_with_ewc_is_saved_and_resumed(tmp_path):
     "settings",
     [
         *({"method": name} for name in METHODS if not METHODS[name].merges_tasks),
-        {"use_slsd": False, "consolidate": "gram", "gram_rank": 16},
+        {"use_slsd": False, "consolidate": "gram", "gram_rank": 256},
         {"kd_probes": "replay", "fast_init": "fresh"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_every_method_learns_two_tasks_and_the_plan_knows_what_it_takes(settings, tmp_path):
-    samples = make_samples([300, 512, 256, 90] * 4)
-    more = {"num_frozen_layers": 1, "save_dir": str(tmp_path), "max_steps_per_task": 2}
+def test_every_method_learns_two_tasks_and_the_plan_knows_what_it_takes(settings):
+    """At a rank and with passes at which what it keeps shows: nothing is read but for training."""
+    samples = make_samples([512] * 8)
+    more = {"lora_r": 256, "prefix_cache_gib": 0.0, "gradient_accumulation_steps": 8}
+    more |= {"num_frozen_layers": 1, "max_steps_per_task": 2}
     more |= {"fisher_samples": 4, "gram_samples": 4, "entropy_threshold": 99.0, "kd_every": 1}
     tasks = ["T1_general", "T2_math"]
     known = knob_names(find_method(settings.get("method", "ds_lora")))
@@ -208,13 +217,18 @@ def test_every_method_learns_two_tasks_and_the_plan_knows_what_it_takes(settings
     with FakeCuda(32000) as gpu:
         cfg, passes = seven_billion(TINY, task_order=tasks, **more, **settings)
         data = {task: TaskData(samples, samples) for task in tasks}
-        journal = Journal(cfg, passes, {"base_model": "7B"}, RunState(tmp_path / "state"), {})
+        unwritten = SimpleNamespace(save=lambda *_: None)
+        journal = Journal(cfg, passes, {"base_model": "7B"}, unwritten, {})
         session = Session(data, passes, journal)
         method = journal.attach("method", make_method(cfg, session))
         for previous, task in zip([None, *tasks], tasks, strict=False):
             train_one_task_with_slsd(cfg, session, task, NoLog(""), method, previous, False)
         planned = run_bytes(cfg, passes.model, BF16, CUDA, 2048, 0.5)
-    assert planned == pytest.approx(gpu.peak, rel=0.1)
+        if cfg.method == "ds_lora" and cfg.consolidate == "gram":
+            grams = method.folding.consolidation.grams.values()
+            assert Folding.kept_bytes(cfg, passes.model) == sum(gram.nbytes for gram in grams)
+    # A slow branch that is not trained is planned as if it were.
+    assert 0.99 < planned / gpu.peak < 1.05
     assert_sound(gpu)
 
 
@@ -247,6 +261,7 @@ def test_running_out_of_memory_leaves_nothing_behind_and_training_its_passes(cap
         gpu.capacity = before + 300 * 2**20
         evaluate_loss(passes, samples)
         assert passes.tokens_per_pass == cfg.tokens_per_pass and passes.divisor > 1
+        assert gpu.now == before
         gpu.capacity = before + 1024 * 2**20
         train(cfg, passes, samples)
         assert passes.tokens_per_pass < cfg.tokens_per_pass
