@@ -29,8 +29,13 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _interrupt(number: int, _frame) -> None:
-    raise KeyboardInterrupt(number)
+def _interrupt(number: int, frame) -> None:
+    while frame and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    if frame is None:
+        raise KeyboardInterrupt(number)
+    # Python prints what a destructor raises, and goes on: again when it is through.
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 @contextlib.contextmanager
