@@ -18,7 +18,7 @@ METRICS = (
     "backward_transfer",
     "retention",
 )
-# A kind is the question whether a value is of it, and `describe` its name.
+# A kind is the question whether a value is of it; its name, in words, is what an error says.
 Kind = Callable[[object], bool]
 
 
