@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 from torch.utils.data import Subset
@@ -22,12 +23,8 @@ from utils_data import TaskData
 
 
 def free_host_memory() -> int:
-    """Bytes that this machine, or the container it pretends to be, has free; 0 where none says."""
-    try:
-        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    except FileNotFoundError:
-        return 0
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    """Bytes that this machine, or the container it pretends to be, has free."""
+    free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()

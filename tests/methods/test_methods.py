@@ -11,16 +11,20 @@ from helpers import (
     make_method,
     make_model,
     make_samples,
+    mean_loss,
     outcome,
     parameters,
     randomise,
     read,
 )
+from peft import PeftModel
 
 import train_single_task
 import train_slsd_seq
+from evaluation.readings import READINGS
 from models import ds_lora
 from training import passes as passes_module
+from utils_data import prepare_task, read_task
 
 TASKS = ["T1_general", "T2_math", "T3_code"]
 
@@ -142,6 +146,34 @@ def test_each_method_runs_and_goes_on_after_kills(method, flags, tmp_path, monke
         # As many steps as the three tasks have, over all their samples.
         samples = sum(len(range(19)) for _ in TASKS)
         assert max(line["step"] for line in lines) == -(-samples // 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "readings"),
+    [
+        ({"method": "slsd_plus", "memory_per_task": 3, "lr_lora": 5e-3}, {"latest"}),
+        ({"consolidate": "gram", "lr_fast": 5e-3}, {*READINGS}),
+    ],
+    ids=["slsd_plus", "consolidate"],
+)
+def test_what_is_offered_generates_is_routed_and_loads_in_peft(
+    settings, readings, flags, make_config, tmp_path, tokenizer
+):
+    short = {"task_order": TASKS[:2], "eval_samples_per_task": 2, "max_steps_per_task": 3}
+    argv = flags(**short, **settings, generate=True, lora_dropout=0.0)
+    assert train_slsd_seq.main(argv) == 0
+    lines = read(tmp_path / "logs" / "seq_eval_loss.jsonl")
+    assert {line["branches"] for line in lines} == readings
+    scored = {(line["stage"], line["task"]) for line in read(tmp_path / "logs/seq_scores.jsonl")}
+    assert ("T2_math", "T1_general") in scored and ("T2_math", "T2_math") in scored
+    peft = PeftModel.from_pretrained(make_model(), tmp_path / "checkpoints" / "seq_T2_math").eval()
+    cfg = make_config(**short)
+    rows, test = read_task(cfg, "T1_general")
+    held_out = prepare_task(cfg, tokenizer, "T1_general", rows, test).held_out
+    expected = rows_of(tmp_path / "logs", "latest")["T2_math", "T1_general"]
+    with torch.no_grad():
+        loss = mean_loss(peft, [held_out[i] for i in range(2)])
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
 
 
 def whole_summary(folder) -> str:
