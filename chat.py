@@ -3,6 +3,8 @@
 /latest  /slow  /own TASK  /fast TASK  /routed   how the branches are read from now on
 /stage TASK                                      goes to another stage of the run
 /quit                                            or Ctrl-D
+
+With --serve PORT it answers OpenAI's clients instead.
 """
 
 import sys
@@ -11,16 +13,19 @@ from pathlib import Path
 
 from configs.command_line import Knobs, UserError, knob, num_processes
 from configs.ending import command_line, printable
-from evaluation.generate import Voice, greedy, left_padded, prompt_ids, prompt_samples
+from evaluation.generate import Voice, continue_prompt, prompt_ids, prompt_samples
 from evaluation.readings import BASE, LATEST, READINGS, Stage, open_stage, read_as, sources_of
 from methods import parse_config
-from models.forward import evaluation
 
 
 @dataclass
 class Chat(Knobs):
     checkpoint: str = knob(BASE, "a stage checkpoint, such as checkpoints/seq_TASK; or base")
     max_new_tokens: int = knob(256, "tokens of an answer at most", at_least=1, at_most=10**5)
+    serve: int = knob(
+        0, "port of an OpenAI-compatible address; 0: talk here", at_least=0, at_most=65535
+    )
+    host: str = knob("127.0.0.1", "address of --serve; with 0.0.0.0 other machines reach it")
 
 
 @command_line
@@ -28,6 +33,8 @@ def main(argv=None):
     cfg, wanted = parse_config(argv, Chat, description=__doc__)
     if num_processes() > 1:
         raise UserError("a chat is one process: start it without torchrun, or `unset WORLD_SIZE`")
+    if wanted.serve:
+        return serve(cfg, wanted)
     stage, reading, source = open_stage(cfg, wanted.checkpoint), LATEST, ""
     print(__doc__)
     while True:
@@ -51,6 +58,17 @@ def main(argv=None):
             print(printable(f"error: {error}"), file=sys.stderr)
 
 
+def serve(cfg, wanted: Chat) -> None:
+    """Answers requests instead of prompts that are typed."""
+    try:
+        # Needed by nothing else.
+        from evaluation import server
+    except ImportError as error:
+        raise UserError(f"--serve needs {error.name}: pip install starlette uvicorn") from error
+    with server.listening(wanted.host, wanted.serve) as place:
+        server.serve(open_stage(cfg, wanted.checkpoint), place, wanted.max_new_tokens)
+
+
 def obey(stage: Stage, line: str, reading: str, source: str) -> tuple[str, str]:
     """The reading after the command `line`, and the task whose branches it takes ("" for none)."""
     command, _, task = line[1:].partition(" ")
@@ -72,19 +90,14 @@ def obey(stage: Stage, line: str, reading: str, source: str) -> tuple[str, str]:
 
 def say(stage: Stage, reading: str, source: str, text: str, max_new_tokens: int) -> None:
     """Prints the answer to `text` token by token."""
-    model, tokenizer = stage.passes.model, stage.passes.tokenizer
     row = {"instruction": text, "input": ""}
     prompts = prompt_ids(stage.passes.template, [row], stage.cfg.max_seq_len)
     (source,) = sources_of(stage, reading, source, prompt_samples(prompts))
     if READINGS[reading].is_routed:
         print(printable(f"({source})"))
-    with (
-        read_as(stage, reading, source),
-        evaluation(model),
-        greedy(model, stage.passes.template, max_new_tokens),
-    ):
-        inputs = left_padded(prompts, tokenizer.pad_token_id, stage.passes.device)
-        model.generate(**inputs, streamer=Voice(tokenizer))
+    with read_as(stage, reading, source):
+        voice = Voice(stage.passes.tokenizer)
+        continue_prompt(stage.passes, prompts[0], max_new_tokens, voice)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,17 @@ def generate(
     return [replies[i] for i in range(len(prompts))]
 
 
+def continue_prompt(
+    passes: Passes, prompt: list[int], max_new_tokens: int, streamer: TextStreamer | None = None
+) -> list[int]:
+    """Ids of the greedy continuation of one prompt (token ids), with the end of the reply."""
+    model = passes.model
+    with evaluation(model), greedy(model, passes.template, max_new_tokens):
+        inputs = left_padded([prompt], passes.tokenizer.pad_token_id, passes.device)
+        (ids,) = model.generate(**inputs, streamer=streamer)
+    return ids[len(prompt) :].tolist()
+
+
 class Voice(TextStreamer):
     """Prints an answer token by token; nothing in it steers the terminal."""
 

@@ -1,0 +1,124 @@
+"""A checkpoint behind OpenAI's address: each request gets the branches it asks for, alone."""
+
+import builtins
+import contextlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import huggingface_hub.constants
+import pytest
+import uvicorn
+from helpers import errors
+from huggingface_hub import InferenceClient
+
+import chat
+import train_slsd_seq
+from evaluation.generate import answer
+from evaluation.readings import open_stage
+from evaluation.server import MOST_BYTES, listening, make_app, names_of
+
+TASKS = ["T1_general", "T2_math", "T3_code"]
+PROMPT = "name the colour of 12 and 7"
+
+
+@pytest.fixture
+def stage(flags, make_config, tmp_path):
+    short = {"task_order": TASKS, "max_steps_per_task": 2, "eval_samples_per_task": 1}
+    # Rates at which a task's own branches change what the random model says.
+    assert train_slsd_seq.main(flags(**short, lr_slow=0.05, lr_fast=0.3)) == 0
+    return open_stage(make_config(**short), str(tmp_path / "checkpoints" / "seq_T3_code"))
+
+
+@contextlib.contextmanager
+def served(stage):
+    """The address at which `stage` answers within the block."""
+    with listening("127.0.0.1", 0) as place:
+        server = uvicorn.Server(uvicorn.Config(make_app(stage, 8), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield "http://{}:{}/v1".format(*place.getsockname())
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def test_three_clients_at_once_get_each_its_own_branches(stage, monkeypatch):
+    # The library's client is for the hub too.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    rows = [{"instruction": PROMPT, "input": ""}]
+    expected = {task: answer(stage, "own", task, rows, 8)[0][0] for task in TASKS}
+    assert len(set(expected.values())) == 3
+    (routed,), (source,) = answer(stage, "routed", "", rows, 8)
+    with served(stage) as address, ThreadPoolExecutor(3) as pool:
+
+        def ask(model):
+            client = InferenceClient(base_url=address)
+            messages = [{"role": "user", "content": PROMPT}]
+            return client.chat_completion(messages, model=model)
+
+        answers = list(pool.map(ask, [f"own:{task}" for task in TASKS] * 4))
+        for task, reply in zip(TASKS * 4, answers, strict=True):
+            assert reply.choices[0].message.content == expected[task]
+            assert reply.model == f"own:{task}" and reply.usage.completion_tokens <= 8
+        by_default = httpx2.post(
+            f"{address}/chat/completions",
+            json={"messages": [{"role": "user", "content": PROMPT}]},
+        ).json()
+        assert by_default["model"] == f"routed:{source}"
+        assert by_default["choices"][0]["message"]["content"] == routed
+        listed = httpx2.get(f"{address}/models").json()["data"]
+    assert [model["id"] for model in listed] == names_of(stage)
+    assert names_of(stage)[0] == "routed" and "own:T2_math" in names_of(stage)
+
+
+USER = [{"role": "user", "content": "hello"}]
+
+
+REFUSALS = [
+    (b"{", 400, "no JSON"),
+    (b"[" * 100_000, 400, "no JSON"),
+    (b'"' + b"x" * MOST_BYTES + b'"', 413, "larger than"),
+    ([], 400, "no JSON object"),
+    ({}, 400, "messages: give a list"),
+    ({"messages": [{"role": "assistant", "content": "hello"}]}, 400, "must be a user's"),
+    ({"messages": [{"role": "user", "content": 3}]}, 400, "no role or no text"),
+    ({"messages": [{"role": "user", "content": "word " * 500}]}, 400, "tokens; at most 64"),
+    ({"messages": USER, "model": "gpt-4"}, 404, "give one of routed, latest"),
+    ({"messages": USER, "model": 3}, 404, "give one of routed, latest"),
+    ({"messages": USER, "model": ["own"]}, 404, "give one of routed, latest"),
+    ({"messages": USER, "temperature": 0.7}, 400, "temperature: replies are greedy"),
+    ({"messages": USER, "stream": True}, 400, "stream: replies are greedy"),
+    ({"messages": USER, "max_tokens": -1}, 400, "max_tokens"),
+    ({"messages": USER, "tools": []}, 400, "not known here: tools"),
+]
+
+
+def test_what_cannot_be_answered_is_a_clear_refusal(stage):
+    with served(stage) as address:
+        for body, status, said in REFUSALS:
+            content = {"content": body} if isinstance(body, bytes) else {"json": body}
+            reply = httpx2.post(f"{address}/chat/completions", **content)
+            message = reply.json()["error"]["message"]
+            assert (reply.status_code, said in message) == (status, True), message
+
+
+def test_a_port_in_use_and_a_missing_library_are_one_line(flags, capsys, monkeypatch):
+    with listening("127.0.0.1", 0) as place:
+        port = place.getsockname()[1]
+        assert chat.main([*flags(), "--serve", str(port)]) == 2
+    assert "already in use" in (line := errors(capsys)[0]) and "another port" in line
+    imported = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "evaluation" and args[2] == ("server",):
+            raise ImportError("no module", name="starlette")
+        return imported(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert chat.main([*flags(), "--serve", "8000"]) == 2
+    assert errors(capsys) == ["error: --serve needs starlette: pip install starlette uvicorn"]
