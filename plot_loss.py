@@ -3,6 +3,7 @@
 python plot_loss.py single TASK          logs/single_TASK_train_loss.png
 python plot_loss.py seq                  logs/seq_eval_loss.png
 python plot_loss.py compare RUN [RUN ..] logs/compare.md, .png and .pdf; RUN: log folder of a run
+python plot_loss.py report [RUN ..]      logs/report.html: all of that and more in one file
 """
 
 import argparse
@@ -14,8 +15,11 @@ from pathlib import Path
 
 from configs.command_line import Parser, UserError
 from configs.ending import command_line
+from evaluation.compare import compare_tables
+from evaluation.finished import group_runs
 from evaluation.logs import count, number, number_from_1, read_log, text
-from evaluation.pictures import COLOURS, UNIT, plot_compare, plt, save, style_of
+from evaluation.page import from_markdown, picture, write_page
+from evaluation.pictures import COLOURS, UNIT, draw_compare, plot_compare, plt, save, style_of
 
 LINES_WITH_MARKERS = 30
 # With more of them a picture has colours alone: their names and numbers could not be read.
@@ -97,6 +101,10 @@ def turned(names: list[str]) -> dict:
 def plot_sequence(log_dir: Path) -> Path:
     """Held-out loss of every task over the stages, as lines and as the stage x task matrix."""
     log = log_dir / "seq_eval_loss.jsonl"
+    return save(draw_sequence(log), log.with_suffix(".png"))
+
+
+def draw_sequence(log: Path):
     command = "python train_slsd_seq.py"
     kinds = {"stage": text, "eval_task": text, "loss": number, "branches": text}
     rows = read_log(log, kinds, command, optional=("branches",))
@@ -139,7 +147,48 @@ def plot_sequence(log_dir: Path) -> Path:
     if len(tasks) <= MOST_TASKS:
         lines.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=5, columnspacing=1)
     draw_matrix(figure, heat, stages, tasks, loss)
-    return save(figure, log.with_suffix(".png"))
+    return figure
+
+
+def draw_training(log: Path):
+    """Training loss over the steps of all stages, one colour a stage."""
+    kinds = {"stage": text, "step": count, "loss": number}
+    rows = read_log(log, kinds, "python train_slsd_seq.py")
+    figure, axes = plt.subplots(figsize=(13, 3.5), layout="constrained")
+    begin = 0
+    for i, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
+        of_stage = [row for row in rows if row["stage"] == stage]
+        steps = [begin + row["step"] for row in of_stage]
+        color = COLOURS[i % len(COLOURS)]
+        axes.plot(steps, [row["loss"] for row in of_stage], ".-", color=color, label=brief(stage))
+        begin = steps[-1]
+    axes.set(title="training loss", xlabel="optimizer step, over all stages", ylabel=UNIT)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    return figure
+
+
+def write_report(folders: list[Path], log_dir: Path, reference: str) -> Path:
+    """The page of finished runs; where there are several, with what compares them."""
+    groups = group_runs(folders)
+    compared = ""
+    if len(folders) > 1:
+        compared = from_markdown(compare_tables(groups, reference))
+        compared += picture(draw_compare(groups), "runs compared")
+    runs = {}
+    for name, of_group in groups.items():
+        for run in of_group:
+            drawn = {
+                "training": draw_training(run.folder / "seq_train_loss.jsonl"),
+                "held-out": draw_sequence(run.folder / "seq_eval_loss.jsonl"),
+            }
+            seed = run.summary["config"]["seed"]
+            pictures = [picture(figure, f"{title} loss") for title, figure in drawn.items()]
+            runs[f"{name}, seed {seed}"] = run, pictures
+            plt.close("all")
+    path = log_dir / "report.html"
+    write_page(path, runs, compared)
+    return path
 
 
 def draw_matrix(figure, axes, stages: list[str], tasks: list[str], loss: dict) -> None:
@@ -177,7 +226,7 @@ def draw_matrix(figure, axes, stages: list[str], tasks: list[str], loss: dict) -
 @command_line
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("single", "seq", "compare"), help="what to draw")
+    parser.add_argument("what", choices=("single", "seq", "compare", "report"), help="what to draw")
     parser.add_argument("names", nargs="*", help="the task of a single run; the runs to compare")
     parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="folder of the logs")
     parser.add_argument(
@@ -187,18 +236,22 @@ def main(argv=None):
         help="of the runs to compare, the one that all others are paired with by order and seed",
     )
     args = parser.parse_args(argv)
-    fits = {"single": len(args.names) == 1, "seq": not args.names, "compare": args.names}
+    fits = {"single": len(args.names) == 1, "seq": not args.names}
+    fits |= {"compare": bool(args.names), "report": True}
     if not fits[args.what]:
         raise UserError(
             "give one task with single, such as single TASK, none with seq, and the log folders of "
-            "runs with compare"
+            "runs with compare or report"
         )
-    if args.against and args.what != "compare":
-        raise UserError(f"--against {args.against} belongs to compare: leave it out")
+    if args.against and args.what not in ("compare", "report"):
+        raise UserError(f"--against {args.against} belongs to compare and report: leave it out")
     if args.what == "single":
         path = plot_single(args.log_dir, args.names[0])
     elif args.what == "seq":
         path = plot_sequence(args.log_dir)
+    elif args.what == "report":
+        folders = [Path(name) for name in args.names] or [args.log_dir]
+        path = write_report(folders, args.log_dir, args.against)
     else:
         path = plot_compare([Path(name) for name in args.names], args.log_dir, args.against)
     print(f"wrote {path}")

@@ -227,7 +227,13 @@ def plot_compare(folders: list[Path], log_dir: Path, reference: str = "") -> Pat
     print(tables)
     log_dir.mkdir(parents=True, exist_ok=True)
     (log_dir / "compare.md").write_text(tables, encoding="utf-8")
+    figure = draw_compare(groups)
+    figure.savefig(log_dir / "compare.pdf")
+    return save(figure, log_dir / "compare.png")
 
+
+def draw_compare(groups: Groups):
+    """Learning against forgetting, the readings, and what each method forgot."""
     methods = over_orders(groups)
     # Of several orders the first: their matrices have other columns.
     first = (next(iter(of_method.items())) for of_method in by_method(groups).values())
@@ -246,5 +252,4 @@ def plot_compare(folders: list[Path], log_dir: Path, reference: str = "") -> Pat
     if ordered:
         draw_matrices(bottom, ordered)
     name_points(trade_off, points)
-    figure.savefig(log_dir / "compare.pdf")
-    return save(figure, log_dir / "compare.png")
+    return figure

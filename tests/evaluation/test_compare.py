@@ -227,7 +227,7 @@ def test_a_reference_that_is_not_there_is_one_line(tmp_path, capsys):
     assert plot_loss.main(argv) == 2
     assert errors(capsys) == ["error: --against two: give one of these runs: one"]
     assert plot_loss.main(["seq", "--against", "one"]) == 2
-    assert errors(capsys) == ["error: --against one belongs to compare: leave it out"]
+    assert errors(capsys) == ["error: --against one belongs to compare and report: leave it out"]
 
 
 def test_what_a_method_keeps_and_reads_is_told(tmp_path):
