@@ -154,7 +154,7 @@ def compare_tables(groups: Groups, reference: str = "") -> str:
             by_name(several, readings, lambda runs: spreads(runs, of_each)),
         ]
     if accuracies := {
-        # FWT is known only with --all_readings.
+        # FWT is not known of runs that did not look ahead.
         name: (value, form)
         for name, (value, form) in ACCURACIES.items()
         if known(value(run) for runs in groups.values() for run in runs)

@@ -86,13 +86,18 @@ class SequenceReport:
             further["router"] = self.now.router.state()
         self.journal.save_checkpoint(f"seq_{stage}", **further)
         further = self.cfg.task_order if self.cfg.all_readings else seen
-        self.evaluate(further)
+        self.evaluate([*further, *self.next_choice(further)])
         if self.cfg.all_readings or is_last:
             for reading in self.others:
                 self.evaluate(seen, reading)
         self.measure_drift()
         self.log_first_answers(seen)
         self.score(further)
+
+    def next_choice(self, seen: list[str]) -> list[str]:
+        """The task that is learned next, where it is a choice: papers report forward transfer."""
+        later = self.cfg.task_order[len(seen) :][:1]
+        return [task for task in later if self.questions[task].about.options]
 
     def evaluate(self, tasks: list[str], reading: str = LATEST) -> None:
         """Logs the held-out loss of `tasks`, read as `reading`, and of choices the accuracy."""

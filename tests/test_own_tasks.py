@@ -53,7 +53,7 @@ def own(tmp_path):
 
 def test_a_sequence_of_own_tasks_from_training_to_picture(own, flags, tmp_path, capsys):
     more = {"task_data": own, "task_order": ["law", "med-1"], "max_steps_per_task": 2}
-    argv = flags(**more, all_readings=True)
+    argv = flags(**more)
     assert train_slsd_seq.main(argv) == 0
     out = capsys.readouterr().out
     assert "law: judged as a choice among 2 (" in out
@@ -62,7 +62,7 @@ def test_a_sequence_of_own_tasks_from_training_to_picture(own, flags, tmp_path, 
     logs = tmp_path / "logs"
     lines = [line for line in read(logs / "seq_scores.jsonl") if line["branches"] == "latest"]
     cells = {(line["stage"], line["task"]) for line in lines}
-    # Row 0 and, with all readings, what is above the diagonal.
+    # Row 0 and, of choices, the task that comes next: what FWT is made of.
     assert cells == {(s, t) for s in ("base", "law", "med-1") for t in ("law", "med-1")}
     assert all(line["metric"] == "likeliest" and 0 <= line["score"] <= 100 for line in lines)
     # One of the six has no option as its output.
