@@ -7,6 +7,7 @@ files of your own are brought into that format instead, and with --suite a publi
 import contextlib
 import hashlib
 import json
+import os
 import random
 import re
 import sys
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from configs.base_config import NO_TASK, TASK_NAME
 from configs.command_line import Knobs, UserError, config_class, knob, parse_dataclasses
 from configs.ending import command_line
+from models.reading import read_json
 from tasks import TASKS
 from tasks.own import OwnFile
 from tasks.prompt import KEYS
@@ -263,14 +265,14 @@ def refuse_existing(paths: list[Path]) -> None:
 
 def read_manifest(path: Path) -> dict:
     """Task -> what is known of its file."""
+    if not os.path.lexists(path):
+        return {}
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = read_json(path)
         if not all(isinstance(entry["written"], int) for entry in manifest.values()):
             raise TypeError("an entry says nothing of what was written")
         return manifest
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         raise UserError(f"{path} is no manifest: remove it, it is written anew") from None
 
 
