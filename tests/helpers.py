@@ -111,10 +111,10 @@ def contents(folder):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-def command(*argv, **env):
+def command(*argv, cwd=ROOT, **env):
     return subprocess.run(
         [sys.executable, *argv],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **env},
         capture_output=True,
         text=True,

@@ -2,13 +2,13 @@
 
 import ast
 import graphlib
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, make_rows, read, write_rows
+from helpers import ROOT, command, errors, make_rows, read, write_rows
 
+import train_slsd_seq
 from configs.base_config import TASKS
 from methods import METHODS
 from methods.method import JOINT
@@ -186,30 +186,25 @@ class MyConfig(BaseConfig):
 """
 
 
-def test_a_method_and_a_task_come_from_outside_the_repository(flags, tmp_path):
+def test_a_method_and_a_task_come_from_outside_the_repository(flags, tmp_path, monkeypatch, capsys):
     """Files in another folder, and a knob of its own that changes what is learned."""
+    monkeypatch.chdir(tmp_path)
     assert len(METHOD.splitlines()) <= 30
     (tmp_path / "pull.py").write_text(METHOD)
     (tmp_path / "my_config.py").write_text(CONFIG)
     write_rows(tmp_path / "poems.jsonl", make_rows("T5_poems", 30))
 
-    def train(name: str, *more: str, method: str = "pull.py"):
+    def argv(name: str, *more: str) -> list[str]:
         where = {"log_dir": tmp_path / name, "save_dir": tmp_path / name}
-        argv = flags(method=str(tmp_path / "pull.py"), lr_lora=5e-3, **where)
-        return subprocess.run(
-            # The last --method counts.
-            [sys.executable, ROOT / "train_slsd_seq.py", *argv, "--method", method]
-            + ["--config", "my_config.py", *more],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        own = {"method": str(tmp_path / "pull.py"), "lr_lora": 5e-3}
+        # The last --method counts.
+        return [*flags(**own, **where), "--method", "pull.py", "--config", "my_config.py", *more]
 
+    done = command(str(ROOT / "train_slsd_seq.py"), *argv("default"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     weights = {}
     for name, more in {"default": (), "same": ("--pull", "0.1"), "more": ("--pull", "50")}.items():
-        done = train(name, *more)
-        assert done.returncode == 0, done.stderr
+        assert not more or train_slsd_seq.main(argv(name, *more)) == 0
         for task in ("T2_math", "poems"):
             file = tmp_path / name / f"seq_{task}" / "adapter_model.safetensors"
             weights[name, task] = file.read_bytes()
@@ -223,12 +218,15 @@ def test_a_method_and_a_task_come_from_outside_the_repository(flags, tmp_path):
     )
     assert last < base
     for more, message in (
-        (("--pull", "-1"), "error: pull is -1.0: give 0 or more\n"),
+        (("--pull", "-1"), "error: pull is -1.0: give 0 or more"),
         (("--pull", "1", "--method", "seq_lora"), "error: unknown option --pull; "),
         (("--kd_lambda", "3"), "error: --kd_lambda belongs to --method "),
     ):
-        done = train("refused", *more)
-        assert done.returncode == 2 and done.stderr.startswith(message)
+        capsys.readouterr()
+        assert train_slsd_seq.main(argv("refused", *more)) == 2
+        assert errors(capsys)[0].startswith(message)
         assert not (tmp_path / "refused").exists()
-    told = train("help", "--help").stdout
+    with pytest.raises(SystemExit):
+        train_slsd_seq.main(argv("help", "--help"))
+    told = capsys.readouterr().out
     assert "with --method pull.py:\n  --pull PULL" in told
