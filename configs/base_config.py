@@ -33,6 +33,9 @@ class BaseConfig(Knobs):
     Raises `UserError` on construction, one line for every impossible value.
     """
 
+    # What `--config` calls it; no field.
+    config_name = "base"
+
     model_name: str = knob(
         "meta-llama/Llama-2-7b-hf",
         "base model: hub id, local folder, or a .gguf file",

@@ -18,6 +18,11 @@ def summary_path(cfg) -> Path:
     return Path(cfg.log_dir) / "seq_summary.json"
 
 
+def settings_path(cfg, run_name: str) -> Path:
+    """The run file with all that the run `run_name` uses."""
+    return Path(cfg.log_dir) / f"{run_name}_config.yaml"
+
+
 def check_finished(cfg, run_name: str, facts: dict) -> None:
     """Raises `UserError` where the finished run of the state `facts` has lost what it wrote."""
     paths = [Path(cfg.log_dir) / f"{name}.jsonl" for name in facts["logs"]]
@@ -38,10 +43,10 @@ def _outputs(cfg, run_name: str) -> list[Path]:
     if run_name == "seq":
         logs = "(train|eval)_loss|router|drift|samples|scores"
         logs = rf"({logs}|gen_(base|{stages})_({stages}))\.jsonl"
-        own = rf"{run_name}_({stages}|state|{logs}|summary\.json|eval_loss\.png)"
+        own = rf"{run_name}_({stages}|state|{logs}|config\.yaml|summary\.json|eval_loss\.png)"
     else:
         stages = rf"{run_name}_epoch\d+"
-        own = rf"{stages}|{run_name}_(state|(train|eval)_loss\.jsonl|train_loss\.png)"
+        own = rf"{stages}|{run_name}_(state|config\.yaml|(train|eval)_loss\.jsonl|train_loss\.png)"
     # The answers of a stage are no longer true of it; those of the base are.
     ours = re.compile(rf"{own}|(gen|scores|recovery)_({stages})(_[\w-]+)?\.jsonl")
     # Both may be one folder.

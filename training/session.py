@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from configs.command_line import NothingToDo, UserError, is_first, num_processes
+from configs.run_file import as_run_file
 from models.adapter import save_adapter
 from models.ds_lora import (
     branch_tensors,
@@ -33,7 +34,13 @@ from training.base_model import (
 from training.device import model_dtype, select_device
 from training.identity import check_identity, describe_base, run_identity
 from training.logs import JsonlLog, NoLog
-from training.outputs import check_finished, check_outputs, clear_outputs, state_folder
+from training.outputs import (
+    check_finished,
+    check_outputs,
+    clear_outputs,
+    settings_path,
+    state_folder,
+)
 from training.passes import Passes, StopSignals
 from training.plan import (
     check_disk,
@@ -44,7 +51,7 @@ from training.plan import (
 )
 from training.prefix_store import open_store
 from training.processes import all_succeed, from_first, joined
-from training.saving import RunState, atomic_folder, run_lock
+from training.saving import RunState, atomic_file, atomic_folder, run_lock
 from utils_data import TaskData, prepare_task, read_task
 
 # What a checkpoint says of the run that made it, and what reads it must do alike.
@@ -305,6 +312,11 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         elif is_first():
             clear_outputs(cfg, run_name)
             journal.save()
+        if is_first():
+            # A sequence names its tasks, a script for one of them asks for it.
+            further = {} if run_name == "seq" else {"task": tasks[0]}
+            with atomic_file(settings_path(cfg, run_name)) as file:
+                file.write(as_run_file(cfg, **further))
         for task, samples in data.items():
             passes.keep_prefix(samples.held_out, f"frozen layers, {task} held out")
         with contextlib.closing(journal):
