@@ -60,12 +60,16 @@ class BaseConfig(Knobs):
     lora_alpha: int = knob(
         32, "each branch's output is scaled by lora_alpha / lora_r", at_least=1, at_most=10**6
     )
+    use_rslora: bool = knob(
+        False, "scaled by lora_alpha / sqrt(lora_r) instead (rsLoRA)", decides=False
+    )
     lora_dropout: float = knob(
         0.05, "probability, on the branches' input; 0: none", at_least=0, below=1
     )
     lora_target_modules: list[str] = knob(
         ["q_proj", "v_proj"],
-        "a linear layer whose name is or ends with one of these gets the branches",
+        "a linear layer whose name is or ends with one of these gets the branches; all-linear: "
+        "every one of the decoder layers",
         not_empty=True,
     )
     num_frozen_layers: int = knob(

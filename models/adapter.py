@@ -19,7 +19,8 @@ MOST_TASKS = 1000
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_facts) -> None:
     """Writes both branches into `folder` as one PEFT LoRA of rank 2r, or more where slow has grown.
 
-    A = [A_s; A_f], B = [B_s, B_f], lora_alpha = alpha rank / r: PEFT's scale alpha / r is ours.
+    A = [A_s; A_f], B = [B_s, B_f], lora_alpha = scale rank: PEFT's lora_alpha / rank is our scale.
+    So it is with rsLoRA: its own field is left out, which not every program reads.
     `adapter_model.safetensors` and `adapter_config.json` are PEFT's; `ds_lora.json` says how to cut
     them back and what the base was.
 
@@ -45,7 +46,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_f
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": first.alpha * rank // first.r,
+        "lora_alpha": _whole(first.scaling * rank),
         **_places(model),
         "bias": "none",
         "lora_dropout": 0.0,
@@ -56,12 +57,18 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_f
         "r": first.r,
         "r_slow": r_slow,
         "alpha": first.alpha,
+        "use_rslora": first.use_rslora,
         "num_layers": len(decoder),
         "base_model": base_model,
         **base_facts,
     }
     for name, value in (("adapter_config.json", peft_config), ("ds_lora.json", ds_lora)):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(number: float) -> int | float:
+    """`number` as an int where it is one up to rounding: some programs take no other."""
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
 
 
 def _places(model: nn.Module) -> dict:
@@ -121,6 +128,7 @@ def _slow_rank(folder: Path, layer: DSLoRALinear) -> int:
     try:
         settings = read_json(folder / "ds_lora.json")
         found = {"r": settings["r"], "alpha": settings["alpha"]}
+        found["use_rslora"] = settings.get("use_rslora", False)
         r_slow = settings.get("r_slow", settings["r"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is not a whole DS-LoRA checkpoint: {error!r}") from error

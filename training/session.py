@@ -227,6 +227,7 @@ def inject(cfg, model: nn.Module) -> nn.Module:
             cfg.lora_alpha,
             cfg.lora_dropout,
             cfg.num_frozen_layers,
+            cfg.use_rslora,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
