@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from configs.command_line import Knobs, UserError, knob
 from configs.ending import command_line
@@ -40,7 +41,16 @@ def main(argv=None):
         passes.keep_prefix(worth_keeping(cfg, task, data.train), f"frozen layers, {task}")
         options = {"journal": journal, "on_epoch_end": end_epoch}
         TaskTraining(cfg, passes, task, data.train, train_log, **options).run()
+        journal.picture(lambda: draw(cfg, task))
         journal.finish()
+
+
+def draw(cfg, task: str) -> Path:
+    """The picture of `plot_loss.py single`."""
+    # It takes a second that only this needs.
+    from plot_loss import plot_single
+
+    return plot_single(Path(cfg.log_dir), task)
 
 
 def check(cfg, task: str) -> None:

@@ -11,6 +11,7 @@ TASKS = ("T1_general", "T2_math", "T3_code", "T4_tool", "T5_safety")
 TASK_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}"
 # Stages that are no task, and a folder beside those of the tasks.
 NO_TASK = ("base", "joint", "state")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 JUDGES = ("exact", "choice", "rouge_l", "number", "json_calls", "python")
 
 
@@ -259,6 +260,13 @@ class BaseConfig(Knobs):
         42, "of branch weights, data order, dropout and probe choice", at_least=0, below=2**63
     )
 
+    report_to: list[str] = knob(
+        ["none"],
+        f"shows the run there too, out of {', '.join(TRACKERS)}; wandb stays offline without "
+        "WANDB_MODE",
+        not_empty=True,
+        decides=False,
+    )
     logging_steps: int = knob(
         10,
         "optimizer steps from one line of the training log to the next",
@@ -336,6 +344,10 @@ class BaseConfig(Knobs):
                 "kd_forward is 'slow', kd_branches is 'all': the slow branch alone has no gradient "
                 "for the fast one; give --kd_branches slow"
             )
+        if set(self.report_to) - set(TRACKERS) and self.report_to != ["none"]:
+            found.append(
+                f"report_to is {self.report_to!r}: give some of {', '.join(TRACKERS)}, or none"
+            )
         order, known = self.task_order, self.data_paths
         if set(order) - set(known) or len(set(order)) < len(order):
             found.append(
@@ -364,6 +376,11 @@ class BaseConfig(Knobs):
     def judge_of(self, task: str) -> str:
         """The judge that was chosen for `task`; "" where none was."""
         return dict(entry.split("=", 1) for entry in self.task_judges).get(task, "")
+
+    @property
+    def trackers(self) -> list[str]:
+        """What --report_to names, once each; "none" is none."""
+        return [name for name in dict.fromkeys(self.report_to) if name != "none"]
 
     @property
     def samples_per_step(self) -> int:

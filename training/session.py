@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from configs.command_line import NothingToDo, UserError, is_first, num_processes
-from configs.run_file import as_run_file
 from models.adapter import save_adapter
 from models.ds_lora import (
     branch_tensors,
@@ -38,8 +37,8 @@ from training.outputs import (
     check_finished,
     check_outputs,
     clear_outputs,
-    settings_path,
     state_folder,
+    write_settings,
 )
 from training.passes import Passes, StopSignals
 from training.plan import (
@@ -51,7 +50,8 @@ from training.plan import (
 )
 from training.prefix_store import open_store
 from training.processes import all_succeed, from_first, joined
-from training.saving import RunState, atomic_file, atomic_folder, run_lock
+from training.saving import RunState, atomic_folder, run_lock
+from training.trackers import Trackers, check_trackers
 from utils_data import TaskData, prepare_task, read_task
 
 # What a checkpoint says of the run that made it, and what reads it must do alike.
@@ -79,6 +79,7 @@ class Journal:
     Attributes:
         position: where the run is, for the script to read and write: JSON values.
         training: what the loop saved of a task that is to be resumed (facts, parts), else None.
+        trackers: where the lines of its logs are shown too.
         started: when the task at hand was, on `time.perf_counter`; what an earlier process trained
             counts too.
     """
@@ -97,6 +98,7 @@ class Journal:
         self.training: tuple[dict, dict] | None = None
         self.started = time.perf_counter()
         self._state, self.identity, self._check_lock = state, identity, check_lock
+        self.trackers = Trackers()
         self._attached: dict = {}
         self._resumed_parts: dict[str, dict] = {}
         self._logs: dict[str, JsonlLog] = {}
@@ -109,12 +111,19 @@ class Journal:
         """
         path = Path(self.cfg.log_dir) / f"{name}.jsonl"
         log = JsonlLog if is_first() else NoLog
-        self._logs[name] = log(path, self._logs_written.get(name))
+        also = partial(self.trackers.write, name)
+        self._logs[name] = log(path, self._logs_written.get(name), also)
         return self._logs[name]
+
+    def picture(self, draw: Callable[[], Path]) -> None:
+        """Hands a picture to the trackers; without one nothing is drawn."""
+        if self.trackers:
+            self.trackers.picture(draw())
 
     def close(self) -> None:
         for log in self._logs.values():
             log.close()
+        self.trackers.finish()
 
     def save_checkpoint(self, name: str, **tensors: dict[str, torch.Tensor]) -> None:
         """Saves the branches as the PEFT adapter `name`, one atomic folder in `save_dir`.
@@ -170,6 +179,7 @@ class Journal:
                 "divisor": self.passes.divisor,
             },
             "samples_read": self.passes.samples_read,
+            "trackers": self.trackers.state,
             "prefix_room": {"given": prefix_limits(self.cfg), "used": self.passes.prefix.room},
         }
         self._state.save(facts, parts, keep)
@@ -178,6 +188,7 @@ class Journal:
         """Takes up what `save` wrote."""
         set_branch_tensors(self.passes.model, parts["branches"])
         self.position, self._logs_written = facts["position"], facts["logs"]
+        self.trackers = Trackers(facts.get("trackers"))
         self._resumed_parts = parts
         if facts["training"]:
             self.training = facts["training"], parts
@@ -266,10 +277,11 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         lock = run_lock([cfg.save_dir, cfg.log_dir], run_name)
         check_lock = all_succeed([partial(stack.enter_context, lock)] if is_first() else [])
         stack.enter_context(stop.installed())
-        model_config, device, _, *rows = all_succeed(
+        model_config, device, _, _, *rows = all_succeed(
             [
                 partial(check_model, cfg),
                 partial(select_device, cfg.device),
+                partial(check_trackers, cfg),
                 *([partial(check_outputs, cfg, run_name)] if is_first() else [lambda: None]),
                 *(partial(read_task, cfg, task) for task in tasks),
             ]
@@ -314,13 +326,12 @@ def set_up(cfg, run_name: str, tasks: list[str]):
             clear_outputs(cfg, run_name)
             journal.save()
         if is_first():
-            # A sequence names its tasks, a script for one of them asks for it.
-            further = {} if run_name == "seq" else {"task": tasks[0]}
-            with atomic_file(settings_path(cfg, run_name)) as file:
-                file.write(as_run_file(cfg, **further))
-        for task, samples in data.items():
-            passes.keep_prefix(samples.held_out, f"frozen layers, {task} held out")
+            write_settings(cfg, run_name, tasks)
         with contextlib.closing(journal):
+            if is_first():
+                journal.trackers.start(cfg, run_name, is_new=not saved)
+            for task, samples in data.items():
+                passes.keep_prefix(samples.held_out, f"frozen layers, {task} held out")
             yield Session(data, passes, journal)
 
 
