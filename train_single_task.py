@@ -7,6 +7,8 @@ from pathlib import Path
 
 from configs.command_line import Knobs, UserError, knob
 from configs.ending import command_line
+from evaluation.card import model_card
+from evaluation.readings import LATEST
 from methods import METHODS, find_method, parse_config
 from training.device import select_device as select_device
 from training.loop import TaskTraining, evaluate_loss
@@ -30,9 +32,12 @@ def main(argv=None):
         train_log, eval_log = journal.log(f"{name}_train_loss"), journal.log(f"{name}_eval_loss")
 
         def end_epoch(epoch: int):
-            journal.save_checkpoint(f"{name}_epoch{epoch}")
+            checkpoint, base_model = f"{name}_epoch{epoch}", journal.about_base["base_model"]
+            journal.save_checkpoint(checkpoint, model_card(cfg, base_model, [task], []))
             result = evaluate_loss(passes, data.held_out)
             eval_log.write(task=task, epoch=epoch, **result)
+            losses = [{"stage": f"epoch {epoch}", "eval_task": task, "branches": LATEST, **result}]
+            journal.renew_card(checkpoint, model_card(cfg, base_model, [task], losses))
             print(f"{task} epoch {epoch}: held-out loss {result['loss']:.3f} nats per token")
 
         if not journal.training:

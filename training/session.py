@@ -50,10 +50,11 @@ from training.plan import (
 )
 from training.prefix_store import open_store
 from training.processes import all_succeed, from_first, joined
-from training.saving import RunState, atomic_folder, run_lock
+from training.saving import RunState, atomic_file, atomic_folder, run_lock
 from training.trackers import Trackers, check_trackers
 from utils_data import TaskData, prepare_task, read_task
 
+CARD = "README.md"
 # What a checkpoint says of the run that made it, and what reads it must do alike.
 DECIDED_IN_TRAINING = (
     "method",
@@ -125,10 +126,11 @@ class Journal:
             log.close()
         self.trackers.finish()
 
-    def save_checkpoint(self, name: str, **tensors: dict[str, torch.Tensor]) -> None:
+    def save_checkpoint(self, name: str, card: str = "", **tensors: dict) -> None:
         """Saves the branches as the PEFT adapter `name`, one atomic folder in `save_dir`.
 
-        With the tokenizer; each of `tensors` goes into a safetensors file of its own beside it.
+        With the tokenizer, and `card` as its README.md where there is one; each of `tensors` goes
+        into a safetensors file of its own beside it.
         """
         if not is_first():
             return
@@ -141,6 +143,14 @@ class Journal:
             for file_name, of_file in tensors.items():
                 blob = safetensors.torch.save(of_file, metadata={"format": "pt"})
                 (folder / f"{file_name}.safetensors").write_bytes(blob)
+            if card:
+                (folder / CARD).write_text(card, encoding="utf-8")
+
+    def renew_card(self, name: str, card: str) -> None:
+        """Replaces the card of the checkpoint `name`, when more is known of it."""
+        if is_first():
+            with atomic_file(Path(self.cfg.save_dir) / name / CARD) as file:
+                file.write(card)
 
     def attach(self, name: str, thing):
         """Returns `thing`, whose `state()` is saved with the branches from now on.
