@@ -117,6 +117,24 @@ class DSLoRALinear(nn.Module):
         return y + F.linear(F.linear(self.dropout(x), A) * self.scaling, B)
 
 
+@torch.no_grad()
+def merge_branches(model: nn.Module) -> nn.Module:
+    """Adds what the branches that are on do to the base's weights, and takes the branches out.
+
+    In place: W + scale (B_s A_s + B_f A_f), summed in fp32 and rounded to the base's dtype once.
+    The base must not be quantised.
+    """
+    for name, layer in ds_lora_layers(model).items():
+        weight = layer.weight.float()
+        for branch in layer.active:
+            A, B = layer.branch(branch)
+            weight = weight + layer.scaling * (B @ A)
+        layer.weight.copy_(weight)
+        parent_name, _, child_name = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child_name, layer.base_layer)
+    return model
+
+
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(name, layers) of the decoder stack: the module list that holds the most parameters.
 
