@@ -11,14 +11,14 @@ import uuid
 from importlib.util import find_spec
 from pathlib import Path
 
-from configs.command_line import UserError
+from configs.command_line import UserError, is_first
 
 PROJECT = "ds-lora-slsd"
 
 
 def check_trackers(cfg) -> None:
-    """Raises `UserError` where what --report_to names is not installed."""
-    if missing := [name for name in cfg.trackers if not find_spec(name)]:
+    """Raises `UserError` where what --report_to names is not installed; the first process asks."""
+    if missing := [name for name in cfg.trackers if is_first() and not find_spec(name)]:
         raise UserError(
             "\n".join(
                 f"--report_to {name}: it is not installed; `pip install {name}`, or leave it out"

@@ -4,6 +4,7 @@ import pytest
 import yaml
 from helpers import make_rows, write_rows
 
+import run_experiments
 import train_single_task
 import train_slsd_seq
 from configs.command_line import UserError
@@ -132,6 +133,21 @@ def test_impossible_values_of_a_run_file_are_told_as_those_of_flags(tmp_path, gi
     path.write_bytes(given)
     with pytest.raises(UserError, match="there is no such file|--method nothing|lora_r is 0"):
         parse(path)
+
+
+def test_many_runs_go_on_from_a_run_file(tmp_path):
+    """Each method takes what is its own; the file may start from a configuration in Python."""
+    (tmp_path / "my_config.py").write_text(
+        "from dataclasses import dataclass\nfrom configs.base_config import BaseConfig\n\n\n"
+        "@dataclass\nclass MyConfig(BaseConfig):\n    lora_r = 5\n"
+    )
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: {tmp_path}/my_config.py\nmethod: replay\nmemory_per_task: 8\nseed: 3\n")
+    argv = ["--config", str(path), "--methods", "replay", "seq_lora", "--lora_alpha", "7"]
+    (table,), *_ = run_experiments.plan_tables([*argv, "--log_dir", str(tmp_path)])
+    replay, alone = (run.cfg for run in table.runs)
+    assert (replay.memory_per_task, replay.seed, replay.lora_r, replay.lora_alpha) == (8, 3, 5, 7)
+    assert (alone.method, alone.seed, alone.lora_r) == ("seq_lora", 3, 5)
 
 
 def adapters(folder):
