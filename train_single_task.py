@@ -3,9 +3,12 @@
 import dataclasses
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from configs.command_line import Knobs, UserError, knob
 from configs.ending import command_line
+from evaluation.card import model_card
+from evaluation.readings import LATEST
 from methods import METHODS, find_method, parse_config
 from training.device import select_device as select_device
 from training.loop import TaskTraining, evaluate_loss
@@ -29,9 +32,12 @@ def main(argv=None):
         train_log, eval_log = journal.log(f"{name}_train_loss"), journal.log(f"{name}_eval_loss")
 
         def end_epoch(epoch: int):
-            journal.save_checkpoint(f"{name}_epoch{epoch}")
+            checkpoint, base_model = f"{name}_epoch{epoch}", journal.about_base["base_model"]
+            journal.save_checkpoint(checkpoint, model_card(cfg, base_model, [task], []))
             result = evaluate_loss(passes, data.held_out)
             eval_log.write(task=task, epoch=epoch, **result)
+            losses = [{"stage": f"epoch {epoch}", "eval_task": task, "branches": LATEST, **result}]
+            journal.renew_card(checkpoint, model_card(cfg, base_model, [task], losses))
             print(f"{task} epoch {epoch}: held-out loss {result['loss']:.3f} nats per token")
 
         if not journal.training:
@@ -40,7 +46,16 @@ def main(argv=None):
         passes.keep_prefix(worth_keeping(cfg, task, data.train), f"frozen layers, {task}")
         options = {"journal": journal, "on_epoch_end": end_epoch}
         TaskTraining(cfg, passes, task, data.train, train_log, **options).run()
+        journal.picture(lambda: draw(cfg, task))
         journal.finish()
+
+
+def draw(cfg, task: str) -> Path:
+    """The picture of `plot_loss.py single`."""
+    # It takes a second that only this needs.
+    from plot_loss import plot_single
+
+    return plot_single(Path(cfg.log_dir), task)
 
 
 def check(cfg, task: str) -> None:

@@ -8,6 +8,7 @@ import operator
 import sys
 import time
 from functools import reduce
+from pathlib import Path
 
 from configs.command_line import num_processes
 from configs.ending import command_line
@@ -61,7 +62,16 @@ def main(argv=None):
             }
             journal.save()
         report.finish()
+        journal.picture(lambda: draw(cfg))
         journal.finish()
+
+
+def draw(cfg) -> Path:
+    """The picture of `plot_loss.py seq`."""
+    # It takes a second that only this needs.
+    from plot_loss import plot_sequence
+
+    return plot_sequence(Path(cfg.log_dir))
 
 
 def costs_of_stage(cfg, session: Session, stage: str, method: Method) -> dict:

@@ -11,6 +11,7 @@ TASKS = ("T1_general", "T2_math", "T3_code", "T4_tool", "T5_safety")
 TASK_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}"
 # Stages that are no task, and a folder beside those of the tasks.
 NO_TASK = ("base", "joint", "state")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 JUDGES = ("exact", "choice", "rouge_l", "number", "json_calls", "python")
 
 
@@ -32,6 +33,9 @@ class BaseConfig(Knobs):
 
     Raises `UserError` on construction, one line for every impossible value.
     """
+
+    # What `--config` calls it; no field.
+    config_name = "base"
 
     model_name: str = knob(
         "meta-llama/Llama-2-7b-hf",
@@ -57,12 +61,16 @@ class BaseConfig(Knobs):
     lora_alpha: int = knob(
         32, "each branch's output is scaled by lora_alpha / lora_r", at_least=1, at_most=10**6
     )
+    use_rslora: bool = knob(
+        False, "scaled by lora_alpha / sqrt(lora_r) instead (rsLoRA)", decides=False
+    )
     lora_dropout: float = knob(
         0.05, "probability, on the branches' input; 0: none", at_least=0, below=1
     )
     lora_target_modules: list[str] = knob(
         ["q_proj", "v_proj"],
-        "a linear layer whose name is or ends with one of these gets the branches",
+        "a linear layer whose name is or ends with one of these gets the branches; all-linear: "
+        "every one of the decoder layers",
         not_empty=True,
     )
     num_frozen_layers: int = knob(
@@ -252,6 +260,13 @@ class BaseConfig(Knobs):
         42, "of branch weights, data order, dropout and probe choice", at_least=0, below=2**63
     )
 
+    report_to: list[str] = knob(
+        ["none"],
+        f"shows the run there too, out of {', '.join(TRACKERS)}; wandb stays offline without "
+        "WANDB_MODE",
+        not_empty=True,
+        decides=False,
+    )
     logging_steps: int = knob(
         10,
         "optimizer steps from one line of the training log to the next",
@@ -329,6 +344,10 @@ class BaseConfig(Knobs):
                 "kd_forward is 'slow', kd_branches is 'all': the slow branch alone has no gradient "
                 "for the fast one; give --kd_branches slow"
             )
+        if set(self.report_to) - set(TRACKERS) and self.report_to != ["none"]:
+            found.append(
+                f"report_to is {self.report_to!r}: give some of {', '.join(TRACKERS)}, or none"
+            )
         order, known = self.task_order, self.data_paths
         if set(order) - set(known) or len(set(order)) < len(order):
             found.append(
@@ -357,6 +376,11 @@ class BaseConfig(Knobs):
     def judge_of(self, task: str) -> str:
         """The judge that was chosen for `task`; "" where none was."""
         return dict(entry.split("=", 1) for entry in self.task_judges).get(task, "")
+
+    @property
+    def trackers(self) -> list[str]:
+        """What --report_to names, once each; "none" is none."""
+        return [name for name in dict.fromkeys(self.report_to) if name != "none"]
 
     @property
     def samples_per_step(self) -> int:

@@ -104,6 +104,11 @@ def _field(default, metadata) -> dataclasses.Field:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def with_defaults(kind: type, defaults: dict) -> type:
+    """The `Knobs` dataclass `kind` with other defaults for some of its fields."""
+    return dataclasses.dataclass(type(kind.__name__, (kind,), dict(defaults)))
+
+
 def default_of(field: dataclasses.Field):
     """The value that a dataclass field has where none is given."""
     make = field.default_factory
@@ -178,24 +183,40 @@ def _out_of_bounds(value, bounds: dict) -> str:
 
 
 def _wrong_types(knobs) -> list[str]:
-    problems = []
-    for name, kind in get_type_hints(type(knobs)).items():
-        value = getattr(knobs, name)
-        if get_origin(kind) is Literal:
-            wanted = ", ".join(map(str, get_args(kind)))
-            fits = value in get_args(kind)
-        elif get_origin(kind) is list:
-            (of_items,) = get_args(kind)
-            wanted = "a list of " + {str: "names", int: "whole numbers"}.get(of_items, "values")
-            fits = isinstance(value, list) and all(type(item) is of_items for item in value)
-        else:
-            kind = get_origin(kind) or kind
-            wanted = f"a value of type {kind.__name__}"
-            # Python counts True as an int and not 1 as a float.
-            fits = type(value) is kind or (kind is float and type(value) is int)
-        if not fits:
-            problems.append(f"{name} is {value!r}: give {wanted}")
-    return problems
+    return [
+        problem
+        for name, kind in get_type_hints(type(knobs)).items()
+        if (problem := wrong_type(name, kind, getattr(knobs, name)))
+    ]
+
+
+def wrong_type(name: str, kind, value) -> str:
+    """A line where `value` is not of the type that the annotation `kind` of a field asks for."""
+    return "" if _is_of(kind, value) else f"{name} is {value!r}: give {_in_words(kind)}"
+
+
+def _is_of(kind, value) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(*get_args(kind), item) for item in value)
+    if get_origin(kind) is dict:
+        keys, values = get_args(kind)
+        return isinstance(value, dict) and all(
+            _is_of(keys, key) and _is_of(values, item) for key, item in value.items()
+        )
+    # Python counts True as an int and not 1 as a float.
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _in_words(kind) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is list:
+        return "a list of " + {str: "names", int: "whole numbers"}.get(get_args(kind)[0], "values")
+    if get_origin(kind) is dict:
+        return f"a mapping from names to {_in_words(get_args(kind)[1])}"
+    return f"a value of type {kind.__name__}"
 
 
 class Parser(HfArgumentParser):
@@ -301,7 +322,10 @@ def import_file(path: str | Path):
 
 
 def config_class(name: str) -> type[Knobs]:
-    """The dataclass in `configs/NAME_config.py`, or in the Python file `name`."""
+    """The dataclass in `configs/NAME_config.py`, or in the Python file `name`.
+
+    It knows `name` as its `config_name`.
+    """
     folder = Path(__file__).parent
     path = Path(name) if name.endswith(".py") else folder / f"{name}_config.py"
     if not path.is_file() or (path.parent == folder and path.suffix != ".py"):
@@ -318,4 +342,5 @@ def config_class(name: str) -> type[Knobs]:
     ]
     if len(found) != 1:
         raise UserError(f"{path}: define one subclass of BaseConfig, not {len(found)}")
+    found[0].config_name = name
     return found[0]

@@ -1,13 +1,83 @@
-"""A file of runs: tables of experiments, in YAML, with the options of a command line by name."""
+"""Files of settings in YAML or JSON: of one run, for --config, and tables of many, for --runs."""
 
+import dataclasses
+import difflib
+import json
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 
-from configs.command_line import UserError, as_flags
+from configs.command_line import Knobs, UserError, as_flags, config_class, wrong_type
 
 # Of the machine and not of the experiment.
 ONLY_GIVEN = ("runs", "jobs", "part")
+# Of one command and not of the run.
+ONLY_ONCE = ("overwrite", "dry_run")
+RUN_FILE = (".yaml", ".yml", ".json")
+
+
+def _read(option: str, path: str):
+    """What stands in a file; `UserError` where it cannot be read."""
+    parse = json.loads if path.endswith(".json") else yaml.safe_load
+    try:
+        return parse(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{option} {path}: it cannot be read ({reason})") from None
+
+
+def read_config(name: str) -> tuple[type[Knobs], dict]:
+    """(the configuration class that `--config` names, what a run file changes of it).
+
+    A run file is a mapping from fields to values, in FILE.yaml or FILE.json; its `base` is a name
+    for `--config` to start from. Whether its fields are right is for `check_fields` to say.
+    """
+    if not name.endswith(RUN_FILE):
+        return config_class(name), {}
+    values = _read("--config", name)
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"--config {name}: give fields and their values, such as lr_slow: 0.0001")
+    base = values.pop("base", "base")
+    if not isinstance(base, str) or base.endswith(RUN_FILE):
+        raise UserError(f"--config {name}: base is {base!r}: give a name such as smollm2")
+    return config_class(base), values
+
+
+def check_fields(name: str, values: dict, kinds: list[type]) -> dict:
+    """The `values` of the run file `name`, as the fields of the dataclasses `kinds` hold them.
+
+    Raises `UserError` with all that is no field or of a wrong type.
+    """
+    hints = {key: kind for of in kinds for key, kind in get_type_hints(of).items()}
+    right, problems = {}, []
+    for key, value in values.items():
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            problems.append(f"unknown field {key}; {hint}")
+            continue
+        right[key] = _as_float(value) if hints[key] is float else value
+        if problem := wrong_type(key, hints[key], right[key]):
+            problems.append(problem)
+    if problems:
+        raise UserError("\n".join(f"--config {name}: {problem}" for problem in problems))
+    return right
+
+
+def _as_float(value):
+    """YAML 1.1 takes 1e-4, without a point, for a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def as_run_file(cfg, **further) -> str:
+    """A run file in YAML with all fields of `cfg`, and `further` ones of the script."""
+    values = {"base": cfg.config_name, **further, **dataclasses.asdict(cfg)}
+    values = {key: value for key, value in values.items() if key not in ONLY_ONCE}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
 def read_runs(wanted: str) -> dict[str, list[str]]:
@@ -17,12 +87,7 @@ def read_runs(wanted: str) -> dict[str, list[str]]:
     Raises `UserError` with all that is no such file. Unknown options are left to the parser.
     """
     path, *chosen = wanted.split(",")
-    try:
-        tables = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        raise UserError(
-            f"--runs {path}: it cannot be read ({' '.join(str(error).split())})"
-        ) from None
+    tables = _read("--runs", path)
     is_tables = isinstance(tables, dict) and all(isinstance(t, dict) for t in tables.values())
     if not tables or not is_tables:
         raise UserError(f"--runs {path}: give tables of options, such as mine: {{seeds: [1, 2]}}")

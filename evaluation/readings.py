@@ -270,6 +270,7 @@ def open_stage(cfg, checkpoint: str) -> Stage:
                 cfg,
                 lora_r=facts["r"],
                 lora_alpha=facts["alpha"],
+                use_rslora=facts.get("use_rslora", False),
                 lora_target_modules=facts.get("lora_target_modules", peft["target_modules"]),
                 num_frozen_layers=_frozen_layers(facts, peft),
             )

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from configs.command_line import is_first
+from evaluation.card import model_card
 from evaluation.generate import ask, generate, prompt_ids
 from evaluation.likelihood import choose, prefer
 from evaluation.matrix import (
@@ -84,12 +85,13 @@ class SequenceReport:
         if any(READINGS[reading].is_routed for reading in self.others):
             add_to_router(self.now)
             further["router"] = self.now.router.state()
-        self.journal.save_checkpoint(f"seq_{stage}", **further)
+        self.journal.save_checkpoint(f"seq_{stage}", self.card(seen), **further)
         further = self.cfg.task_order if self.cfg.all_readings else seen
         self.evaluate([*further, *self.next_choice(further)])
         if self.cfg.all_readings or is_last:
             for reading in self.others:
                 self.evaluate(seen, reading)
+        self.journal.renew_card(f"seq_{stage}", self.card(seen))
         self.measure_drift()
         self.log_first_answers(seen)
         self.score(further)
@@ -98,6 +100,11 @@ class SequenceReport:
         """The task that is learned next, where it is a choice: papers report forward transfer."""
         later = self.cfg.task_order[len(seen) :][:1]
         return [task for task in later if self.questions[task].about.options]
+
+    def card(self, seen: list[str]) -> str:
+        """The model card of the stage, with what is known by now."""
+        losses = self.losses.read() if is_first() else []
+        return model_card(self.cfg, self.journal.about_base["base_model"], seen, losses)
 
     def evaluate(self, tasks: list[str], reading: str = LATEST) -> None:
         """Logs the held-out loss of `tasks`, read as `reading`, and of choices the accuracy."""

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from configs.command_line import (
     UserError,
-    config_class,
     default_of,
     import_file,
     parse_dataclasses,
     value_of_option,
+    with_defaults,
 )
+from configs.run_file import check_fields, read_config
 from methods.method import Method
 
 
@@ -67,8 +68,7 @@ def _knobs_of(method: type[Method], base: type) -> list[type]:
 @functools.cache
 def _with_defaults(knobs: type, base: type) -> type:
     names = [field.name for field in dataclasses.fields(knobs) if hasattr(base, field.name)]
-    defaults = {name: getattr(base, name) for name in names}
-    return dataclasses.dataclass(type(knobs.__name__, (knobs,), defaults))
+    return with_defaults(knobs, {name: getattr(base, name) for name in names})
 
 
 def run_config(base: type, *methods: type[Method]) -> type:
@@ -86,8 +86,9 @@ def knob_names(method: type[Method]) -> set[str]:
 def parse_config(argv, *more_types, description: str, every_method: bool = False) -> tuple:
     """(config, *instances of `more_types`) from the command line.
 
-    `--config NAME` takes the dataclass in `configs/NAME_config.py`; other flags change its fields.
-    The config has the knobs of its method, and the parser those of all, under headings.
+    `--config NAME` takes the dataclass in `configs/NAME_config.py`, or what a run file makes of
+    one; other flags change its fields. The config has the knobs of its method, and the parser those
+    of all, under headings.
 
     Args:
         every_method: the config has the knobs of every method, for a run of several.
@@ -95,14 +96,24 @@ def parse_config(argv, *more_types, description: str, every_method: bool = False
     Raises `UserError` for whatever is wrong, also for a knob of a method that is not the one given.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    base = config_class(value_of_option(argv, "--config") or "base")
-    own = value_of_option(argv, "--method") or default_of(_fields(base)["method"])
-    methods = {**METHODS, own: find_method(own)}
-    users: dict[str, list[str]] = {}
-    for name, method in methods.items():
-        for field in knob_names(method):
-            users.setdefault(field, []).append(name)
-    options = {"default": "base", "metavar": "NAME", "help": "takes configs/NAME_config.py"}
+    name = value_of_option(argv, "--config") or "base"
+    base, in_file = read_config(name)
+    of_file = str(in_file.get("method", default_of(_fields(base)["method"])))
+    own = value_of_option(argv, "--method") or of_file
+    methods = METHODS | {method: find_method(method) for method in (of_file, own)}
+    users = _users(methods)
+    if in_file:
+        plain = run_config(base, *methods.values())
+        in_file = check_fields(name, in_file, [plain, *more_types])
+        if problems := _of_others(in_file, plain, of_file, users):
+            raise UserError("\n".join(f"--config {name}: {problem}" for problem in problems))
+        base = with_defaults(base, in_file)
+        more_types = [_with_defaults(kind, base) for kind in more_types]
+    options = {
+        "default": "base",
+        "metavar": "NAME",
+        "help": "takes configs/NAME_config.py, or a run file NAME.yaml or NAME.json",
+    }
     everything = run_config(base, *methods.values())
     # What is wrong is told by the configuration that is made of it.
     everything.problems = lambda _: []
@@ -119,18 +130,34 @@ def parse_config(argv, *more_types, description: str, every_method: bool = False
     )
 
 
+def _users(methods: dict[str, type[Method]]) -> dict[str, list[str]]:
+    """Knob -> the methods that it belongs to, of those that belong to some."""
+    users: dict[str, list[str]] = {}
+    for name, method in methods.items():
+        for field in knob_names(method):
+            users.setdefault(field, []).append(name)
+    return users
+
+
+def _of_others(values: dict, kind: type, own: str, users: dict[str, list[str]]) -> list[str]:
+    """A line for each of `values` that is not its default in `kind`, and a knob not of `own`."""
+    return [
+        f"--{name} belongs to --method {', '.join(users[name])}, and this run's is {own}: leave it "
+        "out, or choose one of them"
+        for name in users
+        if name in values
+        and own not in users[name]
+        and values[name] != default_of(_fields(kind)[name])
+    ]
+
+
 def _chosen(given, kind: type, own: str, users: dict[str, list[str]]):
     """The configuration of class `kind` with the values of `given`, which has every knob there is.
 
     `users` tells which methods each knob belongs to: those that are not this one's must have their
     defaults. Raises `UserError` with all that is wrong.
     """
-    problems = [
-        f"--{name} belongs to --method {', '.join(users[name])}, and this run's is {own}: leave it "
-        "out, or choose one of them"
-        for name in users
-        if own not in users[name] and getattr(given, name) != default_of(_fields(type(given))[name])
-    ]
+    problems = _of_others(vars(given), type(given), own, users)
     try:
         cfg = kind(**{name: getattr(given, name) for name in _fields(kind)})
     except UserError as error:

@@ -19,49 +19,64 @@ MOST_TASKS = 1000
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str, **base_facts) -> None:
     """Writes both branches into `folder` as one PEFT LoRA of rank 2r, or more where slow has grown.
 
-    A = [A_s; A_f], B = [B_s, B_f], lora_alpha = alpha rank / r: PEFT's scale alpha / r is ours.
-    `adapter_model.safetensors` and `adapter_config.json` are PEFT's; `ds_lora.json` says how to cut
-    them back and what the base was.
+    `ds_lora.json` says how to cut them back and what the base was.
 
     Args:
         base_model: hub id, folder or file of the base model.
         base_facts: what else identifies the base (JSON values), such as its quantisation.
     """
-    folder, layers = Path(folder), ds_lora_layers(model)
-    first = next(iter(layers.values()))
-    r_slow = len(first.lora_A_slow)
-    rank = r_slow + first.r
-    decoder = find_decoder_layers(model)[1]
-    tensors = {}
+    save_peft(model, folder, base_model)
+    first = next(iter(ds_lora_layers(model).values()))
+    ds_lora = {
+        "layout": "lora_A rows and lora_B columns: slow is the first r_slow, fast the last r",
+        "r": first.r,
+        "r_slow": len(first.lora_A_slow),
+        "alpha": first.alpha,
+        "use_rslora": first.use_rslora,
+        "num_layers": len(find_decoder_layers(model)[1]),
+        "base_model": base_model,
+        **base_facts,
+    }
+    _write_json(Path(folder) / "ds_lora.json", ds_lora)
+
+
+def save_peft(model: nn.Module, folder: str | Path, base_model: str, branches=BRANCHES) -> None:
+    """Writes `branches` into `folder` as one LoRA in PEFT's format.
+
+    A = [A_s; A_f], B = [B_s, B_f], lora_alpha = scale rank: PEFT's lora_alpha / rank is our scale.
+    So it is with rsLoRA: its own field is left out, which not every program reads.
+    """
+    folder, layers, tensors = Path(folder), ds_lora_layers(model), {}
     for name, layer in layers.items():
-        (A_slow, B_slow), (A_fast, B_fast) = layer.branch("slow"), layer.branch("fast")
-        tensors[_key(name, "A")] = torch.cat([A_slow, A_fast]).detach().cpu()
-        tensors[_key(name, "B")] = torch.cat([B_slow, B_fast], dim=1).detach().cpu()
+        A_parts, B_parts = zip(*(layer.branch(branch) for branch in branches), strict=True)
+        tensors[_key(name, "A")] = torch.cat(A_parts).detach().cpu()
+        tensors[_key(name, "B")] = torch.cat(B_parts, dim=1).detach().cpu()
     # A second metadata key would make the bytes differ from save to save. Not `save_file`, which
     # hides that the disk is full in an error of its own.
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+    first = next(iter(layers.values()))
+    rank = sum(len(first.branch(branch)[0]) for branch in branches)
     peft_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": first.alpha * rank // first.r,
+        "lora_alpha": _whole(first.scaling * rank),
         **_places(model),
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
-    ds_lora = {
-        "layout": "lora_A rows and lora_B columns: slow is the first r_slow, fast the last r",
-        "r": first.r,
-        "r_slow": r_slow,
-        "alpha": first.alpha,
-        "num_layers": len(decoder),
-        "base_model": base_model,
-        **base_facts,
-    }
-    for name, value in (("adapter_config.json", peft_config), ("ds_lora.json", ds_lora)):
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / "adapter_config.json", peft_config)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(number: float) -> int | float:
+    """`number` as an int where it is one up to rounding: some programs take no other."""
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
 
 
 def _places(model: nn.Module) -> dict:
@@ -121,6 +136,7 @@ def _slow_rank(folder: Path, layer: DSLoRALinear) -> int:
     try:
         settings = read_json(folder / "ds_lora.json")
         found = {"r": settings["r"], "alpha": settings["alpha"]}
+        found["use_rslora"] = settings.get("use_rslora", False)
         r_slow = settings.get("r_slow", settings["r"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is not a whole DS-LoRA checkpoint: {error!r}") from error

@@ -1,7 +1,8 @@
 """Dual-Speed LoRA: two low-rank branches, slow and fast, beside each target linear layer.
 
 y = base(x) + (alpha / r) (B_s A_s + B_f A_f) dropout(x), after LoRA (Hu et al. 2021, eq. 3).
-Slow is shared by all tasks and learns at a small rate; fast follows the task at hand.
+Slow is shared by all tasks and learns at a small rate; fast follows the task at hand. rsLoRA
+(Kalajdzievski 2023) has alpha / sqrt(r) in place of alpha / r.
 """
 
 import contextlib
@@ -14,6 +15,8 @@ from torch import nn
 from models.forward import seed_torch
 
 BRANCHES = ("slow", "fast")
+# As a target: every linear layer of the decoder layers, as PEFT has it.
+ALL_LINEAR = "all-linear"
 
 
 class InputDropout(nn.Dropout):
@@ -39,13 +42,21 @@ class DSLoRALinear(nn.Module):
         r: rank of each branch.
         alpha: each branch's output is scaled by alpha / r.
         dropout: probability, on the input of the branches.
+        use_rslora: the scale is alpha / sqrt(r).
     """
 
-    def __init__(self, base_layer: nn.Linear, r: int, alpha: float, dropout: float = 0.0):
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+    ):
         super().__init__()
         self.base_layer = base_layer
-        self.r, self.alpha = r, alpha
-        self.scaling = alpha / r
+        self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
+        self.scaling = alpha / (math.sqrt(r) if use_rslora else r)
         self.dropout = InputDropout(dropout)
         self.active = BRANCHES
         device = base_layer.weight.device
@@ -106,6 +117,24 @@ class DSLoRALinear(nn.Module):
         return y + F.linear(F.linear(self.dropout(x), A) * self.scaling, B)
 
 
+@torch.no_grad()
+def merge_branches(model: nn.Module) -> nn.Module:
+    """Adds what the branches that are on do to the base's weights, and takes the branches out.
+
+    In place: W + scale (B_s A_s + B_f A_f), summed in fp32 and rounded to the base's dtype once.
+    The base must not be quantised.
+    """
+    for name, layer in ds_lora_layers(model).items():
+        weight = layer.weight.float()
+        for branch in layer.active:
+            A, B = layer.branch(branch)
+            weight = weight + layer.scaling * (B @ A)
+        layer.weight.copy_(weight)
+        parent_name, _, child_name = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child_name, layer.base_layer)
+    return model
+
+
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(name, layers) of the decoder stack: the module list that holds the most parameters.
 
@@ -129,12 +158,13 @@ def replace_with_ds_lora(
     alpha: float = 32,
     dropout: float = 0.05,
     num_frozen_layers: int = 16,
+    use_rslora: bool = False,
 ) -> nn.Module:
     """Freezes `model` and gives its upper decoder layers slow and fast branches, in place.
 
     A linear layer whose name inside a decoder layer of index >= `num_frozen_layers` is, or ends
-    with, one of `target_modules` ("q_proj", "self_attn.q_proj") becomes a `DSLoRALinear`; only the
-    branches are trainable afterwards.
+    with, one of `target_modules` ("q_proj", "self_attn.q_proj") becomes a `DSLoRALinear`, and every
+    one with ALL_LINEAR; only the branches are trainable afterwards.
 
     Raises ValueError where a target matches nothing, where no layer is left to train, or where the
     model has branches already.
@@ -155,7 +185,11 @@ def replace_with_ds_lora(
     ]
     # Whole names: v_proj is no part of a fused qkv_proj.
     matched = {
-        name: {target for target in target_modules if f".{name}".endswith(f".{target}")}
+        name: {
+            target
+            for target in target_modules
+            if target == ALL_LINEAR or f".{name}".endswith(f".{target}")
+        }
         for _, name, _ in linears
     }
     if unmatched := set(target_modules) - set().union(*matched.values()):
@@ -167,7 +201,7 @@ def replace_with_ds_lora(
     model.requires_grad_(False)
     for layer, name, linear in chosen:
         parent_name, _, child_name = name.rpartition(".")
-        new = DSLoRALinear(linear, r, alpha, dropout).train(linear.training)
+        new = DSLoRALinear(linear, r, alpha, dropout, use_rslora).train(linear.training)
         setattr(layer.get_submodule(parent_name), child_name, new)
     return model
 

@@ -16,6 +16,6 @@ TASK = Task(
     "T3_code",
     judge_code,
     primary="rouge_l",
-    sources={"": [Source("sahil2801/CodeAlpaca-20k", convert_alpaca)]},
+    sources={"": [Source("sahil2801/CodeAlpaca-20k", convert_alpaca, license="cc-by-nc-4.0")]},
     overlaps="T1_general",
 )

@@ -35,8 +35,8 @@ TASK = Task(
     primary="rouge_l",
     sources={
         "": [
-            Source("tatsu-lab/alpaca", convert_alpaca),
-            Source("databricks/databricks-dolly-15k", convert_dolly),
+            Source("tatsu-lab/alpaca", convert_alpaca, license="cc-by-nc-4.0"),
+            Source("databricks/databricks-dolly-15k", convert_dolly, license="cc-by-sa-3.0"),
         ]
     },
     # A row of one is a copy of the other's: general instructions hold code tasks too.

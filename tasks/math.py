@@ -40,5 +40,5 @@ TASK = Task(
     judge_math,
     primary="strict",
     max_new_tokens=256,
-    sources={"": [Source("openai/gsm8k", convert_gsm8k, "main")]},
+    sources={"": [Source("openai/gsm8k", convert_gsm8k, "main", license="mit")]},
 )

@@ -44,5 +44,7 @@ TASK = Task(
     primary="preferred",
     max_new_tokens=128,
     is_sensitive=True,
-    sources={"": [Source("Anthropic/hh-rlhf", convert_hh, data_dir="harmless-base")]},
+    sources={
+        "": [Source("Anthropic/hh-rlhf", convert_hh, data_dir="harmless-base", license="mit")]
+    },
 )

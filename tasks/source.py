@@ -73,13 +73,17 @@ def texts(row: dict, *columns: str) -> list[str]:
 
 @dataclass
 class Source:
-    """A set on the hub, with the arguments of `load_dataset`, and what converts its rows."""
+    """A set on the hub, with the arguments of `load_dataset`, and what converts its rows.
+
+    `license` is the hub's short name of its licence, "" where it is not known.
+    """
 
     hub_id: str
     convert: Callable[[dict], Sample]
     config: str | None = None
     data_dir: str | None = None
     split: str = "train"
+    license: str = ""
 
     def load(self, raw_dir: str) -> tuple[list[dict], str]:
         """(rows, "raw" or "hub"). Raises `UserError` that names the set and the cure."""

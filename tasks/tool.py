@@ -130,7 +130,13 @@ TASK = Task(
     judge_calls,
     primary="exact",
     sources={
-        "glaive": [Source("glaiveai/glaive-function-calling-v2", convert_glaive)],
-        "xlam": [Source("Salesforce/xlam-function-calling-60k", convert_xlam, "dataset")],
+        "glaive": [
+            Source("glaiveai/glaive-function-calling-v2", convert_glaive, license="apache-2.0")
+        ],
+        "xlam": [
+            Source(
+                "Salesforce/xlam-function-calling-60k", convert_xlam, "dataset", license="cc-by-4.0"
+            )
+        ],
     },
 )

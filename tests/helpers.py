@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train_slsd_seq
@@ -191,6 +192,8 @@ def outcome(folder: Path) -> dict:
             found[name] = [without_clock(line) for line in read(path)]
         elif name.endswith("summary.json"):
             found[name] = without_clock(json.loads(path.read_text()))
+        elif name.endswith("config.yaml"):
+            found[name] = without_clock(yaml.safe_load(path.read_text()))
         else:
             found[name] = path.read_bytes()
     left = [path for path in folder.rglob(".*") if path.suffix != ".lock"]

@@ -8,6 +8,7 @@ from helpers import ROOT
 
 import chat
 import evaluate_tasks
+import export_checkpoint
 import plot_loss
 import prepare_datasets
 import run_experiments
@@ -19,6 +20,7 @@ MAINS = {
     for script in (
         chat,
         evaluate_tasks,
+        export_checkpoint,
         plot_loss,
         prepare_datasets,
         run_experiments,

@@ -93,10 +93,11 @@ def run_identity(cfg, tasks: list[str], about_base: dict) -> dict:
         del config["dtype"]
     data = {f"data of {task}": file_sha256(cfg.data_path(task)) for task in tasks}
     tests = {f"test data of {t}": file_sha256(cfg.test_path(t)) for t in tasks if cfg.test_path(t)}
-    judges = {"task_judges": cfg.task_judges} if cfg.task_judges else {}
+    # Fields that the states of older runs do not have: they count where they are given.
+    given = {k: v for k in ("task_judges", "use_rslora") if (v := getattr(cfg, k))}
     own = {"method file": file_sha256(cfg.method)} if cfg.method.endswith(".py") else {}
     base = base_identity(about_base)
-    return {**config, **base, **data, **tests, **judges, **own, "state": STATE_VERSION}
+    return {**config, **base, **data, **tests, **given, **own, "state": STATE_VERSION}
 
 
 def differences(first: dict, second: dict) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from configs.command_line import UserError
@@ -15,10 +16,16 @@ class JsonlLog:
     Args:
         written: {"size", "sha256"} of what a saved state knows to be there. Lines beyond it are
             cut: they come from after that state.
+        also: called with each line that is written.
     """
 
-    def __init__(self, path: str | Path, written: dict | None = None):
-        path, size = Path(path), (written or {}).get("size", 0)
+    def __init__(
+        self,
+        path: str | Path,
+        written: dict | None = None,
+        also: Callable[[dict], None] = lambda row: None,
+    ):
+        path, size, self._also = Path(path), (written or {}).get("size", 0), also
         path.parent.mkdir(parents=True, exist_ok=True)
         found = path.stat().st_size if path.exists() else 0
         if found < size:
@@ -44,6 +51,7 @@ class JsonlLog:
         self._file.write(line)
         self._file.flush()
         self._digest.update(line.encode("utf-8", "surrogatepass"))
+        self._also(row)
 
     def written(self) -> dict:
         """{"size", "sha256"} of what is written, which is on the disk when this returns.
@@ -77,7 +85,7 @@ class JsonlLog:
 class NoLog:
     """A `JsonlLog` that writes nothing: that of every process but the first."""
 
-    def __init__(self, path: str | Path, written: dict | None = None):
+    def __init__(self, path: str | Path, written: dict | None = None, also=None):
         pass
 
     def write(self, **row) -> None:

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 from configs.command_line import UserError
+from configs.run_file import as_run_file
 from methods.method import JOINT
-from training.saving import RunState, remove
+from training.saving import RunState, atomic_file, remove
 
 
 def state_folder(cfg, run_name: str) -> Path:
@@ -16,6 +17,14 @@ def state_folder(cfg, run_name: str) -> Path:
 def summary_path(cfg) -> Path:
     """Of a sequence, written last: the run is finished where it is."""
     return Path(cfg.log_dir) / "seq_summary.json"
+
+
+def write_settings(cfg, run_name: str, tasks: list[str]) -> None:
+    """Writes the run file with all that the run `run_name` uses, to be run again."""
+    # A sequence names its tasks, a script for one of them asks for it.
+    further = {} if run_name == "seq" else {"task": tasks[0]}
+    with atomic_file(Path(cfg.log_dir) / f"{run_name}_config.yaml") as file:
+        file.write(as_run_file(cfg, **further))
 
 
 def check_finished(cfg, run_name: str, facts: dict) -> None:
@@ -35,13 +44,14 @@ def _outputs(cfg, run_name: str) -> list[Path]:
     First what says that the run is finished: one that is killed while they are removed is not.
     """
     stages = "|".join(map(re.escape, [*cfg.data_paths, JOINT]))
+    always = r"state|config\.yaml|tensorboard"
     if run_name == "seq":
         logs = "(train|eval)_loss|router|drift|samples|scores"
         logs = rf"({logs}|gen_(base|{stages})_({stages}))\.jsonl"
-        own = rf"{run_name}_({stages}|state|{logs}|summary\.json|eval_loss\.png)"
+        own = rf"{run_name}_({stages}|{always}|{logs}|summary\.json|eval_loss\.png)"
     else:
         stages = rf"{run_name}_epoch\d+"
-        own = rf"{stages}|{run_name}_(state|(train|eval)_loss\.jsonl|train_loss\.png)"
+        own = rf"{stages}|{run_name}_({always}|(train|eval)_loss\.jsonl|train_loss\.png)"
     # The answers of a stage are no longer true of it; those of the base are.
     ours = re.compile(rf"{own}|(gen|scores|recovery)_({stages})(_[\w-]+)?\.jsonl")
     # Both may be one folder.

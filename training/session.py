@@ -33,7 +33,13 @@ from training.base_model import (
 from training.device import model_dtype, select_device
 from training.identity import check_identity, describe_base, run_identity
 from training.logs import JsonlLog, NoLog
-from training.outputs import check_finished, check_outputs, clear_outputs, state_folder
+from training.outputs import (
+    check_finished,
+    check_outputs,
+    clear_outputs,
+    state_folder,
+    write_settings,
+)
 from training.passes import Passes, StopSignals
 from training.plan import (
     check_disk,
@@ -44,9 +50,11 @@ from training.plan import (
 )
 from training.prefix_store import open_store
 from training.processes import all_succeed, from_first, joined
-from training.saving import RunState, atomic_folder, run_lock
+from training.saving import RunState, atomic_file, atomic_folder, run_lock
+from training.trackers import Trackers, check_trackers
 from utils_data import TaskData, prepare_task, read_task
 
+CARD = "README.md"
 # What a checkpoint says of the run that made it, and what reads it must do alike.
 DECIDED_IN_TRAINING = (
     "method",
@@ -72,6 +80,7 @@ class Journal:
     Attributes:
         position: where the run is, for the script to read and write: JSON values.
         training: what the loop saved of a task that is to be resumed (facts, parts), else None.
+        trackers: where the lines of its logs are shown too.
         started: when the task at hand was, on `time.perf_counter`; what an earlier process trained
             counts too.
     """
@@ -90,6 +99,7 @@ class Journal:
         self.training: tuple[dict, dict] | None = None
         self.started = time.perf_counter()
         self._state, self.identity, self._check_lock = state, identity, check_lock
+        self.trackers = Trackers()
         self._attached: dict = {}
         self._resumed_parts: dict[str, dict] = {}
         self._logs: dict[str, JsonlLog] = {}
@@ -102,17 +112,25 @@ class Journal:
         """
         path = Path(self.cfg.log_dir) / f"{name}.jsonl"
         log = JsonlLog if is_first() else NoLog
-        self._logs[name] = log(path, self._logs_written.get(name))
+        also = partial(self.trackers.write, name)
+        self._logs[name] = log(path, self._logs_written.get(name), also)
         return self._logs[name]
+
+    def picture(self, draw: Callable[[], Path]) -> None:
+        """Hands a picture to the trackers; without one nothing is drawn."""
+        if self.trackers:
+            self.trackers.picture(draw())
 
     def close(self) -> None:
         for log in self._logs.values():
             log.close()
+        self.trackers.finish()
 
-    def save_checkpoint(self, name: str, **tensors: dict[str, torch.Tensor]) -> None:
+    def save_checkpoint(self, name: str, card: str = "", **tensors: dict) -> None:
         """Saves the branches as the PEFT adapter `name`, one atomic folder in `save_dir`.
 
-        With the tokenizer; each of `tensors` goes into a safetensors file of its own beside it.
+        With the tokenizer, and `card` as its README.md where there is one; each of `tensors` goes
+        into a safetensors file of its own beside it.
         """
         if not is_first():
             return
@@ -125,6 +143,14 @@ class Journal:
             for file_name, of_file in tensors.items():
                 blob = safetensors.torch.save(of_file, metadata={"format": "pt"})
                 (folder / f"{file_name}.safetensors").write_bytes(blob)
+            if card:
+                (folder / CARD).write_text(card, encoding="utf-8")
+
+    def renew_card(self, name: str, card: str) -> None:
+        """Replaces the card of the checkpoint `name`, when more is known of it."""
+        if is_first():
+            with atomic_file(Path(self.cfg.save_dir) / name / CARD) as file:
+                file.write(card)
 
     def attach(self, name: str, thing):
         """Returns `thing`, whose `state()` is saved with the branches from now on.
@@ -163,6 +189,7 @@ class Journal:
                 "divisor": self.passes.divisor,
             },
             "samples_read": self.passes.samples_read,
+            "trackers": self.trackers.state,
             "prefix_room": {"given": prefix_limits(self.cfg), "used": self.passes.prefix.room},
         }
         self._state.save(facts, parts, keep)
@@ -171,6 +198,7 @@ class Journal:
         """Takes up what `save` wrote."""
         set_branch_tensors(self.passes.model, parts["branches"])
         self.position, self._logs_written = facts["position"], facts["logs"]
+        self.trackers = Trackers(facts.get("trackers"))
         self._resumed_parts = parts
         if facts["training"]:
             self.training = facts["training"], parts
@@ -220,6 +248,7 @@ def inject(cfg, model: nn.Module) -> nn.Module:
             cfg.lora_alpha,
             cfg.lora_dropout,
             cfg.num_frozen_layers,
+            cfg.use_rslora,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -258,10 +287,11 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         lock = run_lock([cfg.save_dir, cfg.log_dir], run_name)
         check_lock = all_succeed([partial(stack.enter_context, lock)] if is_first() else [])
         stack.enter_context(stop.installed())
-        model_config, device, _, *rows = all_succeed(
+        model_config, device, _, _, *rows = all_succeed(
             [
                 partial(check_model, cfg),
                 partial(select_device, cfg.device),
+                partial(check_trackers, cfg),
                 *([partial(check_outputs, cfg, run_name)] if is_first() else [lambda: None]),
                 *(partial(read_task, cfg, task) for task in tasks),
             ]
@@ -305,9 +335,13 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         elif is_first():
             clear_outputs(cfg, run_name)
             journal.save()
-        for task, samples in data.items():
-            passes.keep_prefix(samples.held_out, f"frozen layers, {task} held out")
+        if is_first():
+            write_settings(cfg, run_name, tasks)
         with contextlib.closing(journal):
+            if is_first():
+                journal.trackers.start(cfg, run_name, is_new=not saved)
+            for task, samples in data.items():
+                passes.keep_prefix(samples.held_out, f"frozen layers, {task} held out")
             yield Session(data, passes, journal)
 
 

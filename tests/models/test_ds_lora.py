@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import inject, make_model, make_samples, mean_loss, parameters, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load, load_file, save_file
 from torch import nn
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import Gemma2Config as Gemma2
 
 from models.adapter import load_adapter, save_adapter
 from models.ds_lora import (
+    ALL_LINEAR,
     BRANCHES,
     DSLoRALinear,
     InputDropout,
@@ -201,6 +203,44 @@ def test_a_fresh_branch_adds_nothing_and_spares_the_other():
     assert all(layer.lora_A_fast.abs().sum() > 0 for layer in ds_lora_layers(model).values())
 
 
+def inner(model) -> set[str]:
+    """Names of the linear layers in which PEFT puts its LoRA."""
+    return {name for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def test_all_linear_is_what_peft_has_of_the_upper_layers():
+    places = [
+        set(ds_lora_layers(replace_with_ds_lora(make_model(), (ALL_LINEAR,), num_frozen_layers=n)))
+        for n in (0, 2)
+    ]
+    peft = get_peft_model(make_model(), LoraConfig(target_modules=ALL_LINEAR))
+    theirs = {name.removeprefix("base_model.model.") for name in inner(peft)}
+    assert places[0] == theirs and len(theirs) == 4 * 7
+    assert places[1] == {name for name in theirs if name.split(".")[2] in "23"}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(("alpha", "slow_rank"), [(8, 4), (9, 7)])
+def test_all_linear_and_rslora_are_exact_in_pefts_format(tmp_path, use_rslora, alpha, slow_rank):
+    """A slow branch that has grown, and a scale that is no whole number, included."""
+    model = replace_with_ds_lora(make_model(), (ALL_LINEAR,), 4, alpha, 0.0, 2, use_rslora)
+    for layer in ds_lora_layers(model).values():
+        base = layer.base_layer
+        A, B = torch.zeros(slow_rank, base.in_features), torch.zeros(base.out_features, slow_rank)
+        layer.set_branch("slow", A, B)
+    randomise(model)
+    save_adapter(model, tmp_path, base_model="b")
+    peft = PeftModel.from_pretrained(make_model(), tmp_path).double()
+    with torch.no_grad():
+        ours, theirs = model.double()(IDS).logits, peft(IDS).logits
+        base = make_model().double()(IDS).logits
+    assert (ours - base).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+    scale = alpha / (2 if use_rslora else 4)
+    for name in inner(peft):
+        assert peft.get_submodule(name).scaling["default"] == pytest.approx(scale, rel=1e-12)
+
+
 def test_peft_loads_a_checkpoint_and_gives_the_same_logits(tmp_path):
     model = randomise(inject(make_model()))
     save_adapter(model, tmp_path, base_model="owner/name", quantization="none")
@@ -233,6 +273,7 @@ def test_save_and_load_is_the_identity(tmp_path):
     [
         ({"r": 2}, "its r is 4, the model's 2"),
         ({"alpha": 3}, "its alpha is 8, the model's 3"),
+        ({"use_rslora": True}, "its use_rslora is False, the model's True"),
         ({"frozen": 3}, "4 tensors unexpected"),
         ({"frozen": 1}, "4 tensors missing"),
         ({"hidden_size": 64}, "the model's"),
