@@ -19,10 +19,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from configs.command_line import UserError, shows_progress
+from configs.command_line import UserError, num_processes, shows_progress
 from configs.ending import is_out_of_memory
 from training.device import model_dtype, spare_the_cpu, spare_the_gpu
 from training.model_files import TEKKEN, check_folder, unfit_config, unfit_tokenizer
+from training.processes import all_succeed
+from training.shard import begin, share_out, weight_files
 
 
 def _location(cfg) -> dict:
@@ -92,7 +94,7 @@ def _loaded(cfg, load, **arguments):
     """
     try:
         return load(**arguments)
-    except (MemoryError, SafetensorError):
+    except (MemoryError, SafetensorError, UserError):
         raise
     except Exception as error:
         if is_out_of_memory(error):
@@ -149,6 +151,8 @@ def check_model(cfg):
         )
     location = _location(cfg)
     _check_files(cfg)
+    if cfg.shard and os.path.isdir(cfg.model_name):
+        weight_files(cfg)
     try:
         _ask_hub(cfg.model_name)
     except (OSError, ValueError) as error:
@@ -219,6 +223,8 @@ def load_model(cfg, device: torch.device):
     dtype = model_dtype(cfg, device)
     if not shows_progress():
         transformers_logging.disable_progress_bar()
+    if cfg.shard:
+        return _load_shares(cfg, device, dtype)
     try:
         model, info = _loaded(
             cfg,
@@ -253,6 +259,29 @@ def load_model(cfg, device: torch.device):
     return model.eval()
 
 
+def _load_shares(cfg, device: torch.device, dtype: torch.dtype):
+    """The base model, of which this process holds its share; see `training.shard`."""
+
+    def read():
+        model = skeleton(cfg, check_model(cfg), dtype=dtype)
+        if device.type == "cuda":
+            spare_the_gpu(model)
+        try:
+            return share_out(model, _loaded(cfg, lambda: weight_files(cfg)), device)
+        except SafetensorError as error:
+            raise _unreadable_weights(cfg, error) from error
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"--model_name {cfg.model_name} in {dtype}, shared by {num_processes()} processes, "
+                f"does not fit {device}: start more of them"
+            ) from error
+
+    (model,) = all_succeed([read])
+    return begin(model, device).eval()
+
+
 class _Once(logging.Filter):
     """Lets each message through once: bitsandbytes repeats one in every layer of every pass."""
 
@@ -266,14 +295,14 @@ class _Once(logging.Filter):
         return is_new
 
 
-def skeleton(cfg, config):
+def skeleton(cfg, config, **options):
     """The model of the configuration `config` without weights, on the meta device.
 
     Raises `UserError` where it makes none.
     """
     with torch.device("meta"):
         load = AutoModelForCausalLM.from_config
-        return _loaded(cfg, load, config=config, trust_remote_code=False)
+        return _loaded(cfg, load, config=config, trust_remote_code=False, **options)
 
 
 def _quantization(cfg, dtype: torch.dtype):
