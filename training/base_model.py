@@ -160,6 +160,10 @@ def check_model(cfg):
     config = _loaded(cfg, AutoConfig.from_pretrained, **location, trust_remote_code=False)
     if fault := unfit_config(config):
         raise UserError(f"--model_name {cfg.model_name}: {fault}")
+    if cfg.shard and getattr(config, "quantization_config", None):
+        raise UserError(
+            f"--shard true: {cfg.model_name} is quantised and held whole; give the full model"
+        )
     text = config.get_text_config()
     layers, positions = text.num_hidden_layers, getattr(text, "max_position_embeddings", None)
     problems = []
@@ -264,6 +268,11 @@ def _load_shares(cfg, device: torch.device, dtype: torch.dtype):
 
     def read():
         model = skeleton(cfg, check_model(cfg), dtype=dtype)
+        if model._get_dtype_plan(dtype):
+            raise UserError(
+                f"--shard true: some weights of {cfg.model_name} are held in float32, and those of "
+                "a layer are gathered in one dtype; give --dtype float32 or --shard false"
+            )
         if device.type == "cuda":
             spare_the_gpu(model)
         try:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
@@ -57,7 +56,9 @@ def weight_files(cfg) -> list[Path]:
     """The safetensors files of the base model, on this machine; `UserError` where it has none."""
     folder = Path(cfg.model_name)
     if not folder.is_dir():
-        folder = Path(snapshot_download(cfg.model_name, allow_patterns=[SINGLE, "model*-of-*", INDEX]))
+        folder = Path(
+            snapshot_download(cfg.model_name, allow_patterns=[SINGLE, "model*-of-*", INDEX])
+        )
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if (folder / INDEX).exists():
@@ -159,16 +160,17 @@ class _Turns:
 
     def __init__(self, params: list[list[DTensor]]):
         self.params = params
+        self.sizes = [sum(map(_share_size, of_unit)) for of_unit in params]
         self.forwards, self.is_backward = 0, False
-        sizes = [sum(map(_padded, of_unit)) for of_unit in params]
         example = params[-1][0].to_local()
-        # Here before it is needed: where memory runs out, it must not in the middle of a gathering.
-        self._unread = torch.empty(
-            max(sizes) * num_processes(), dtype=example.dtype, device=example.device
-        )
+        # Here before it is needed: memory must not run out in the middle of a gathering.
+        self._unread = example.new_empty(max(self.sizes) * num_processes())
+        self._written: torch.Event | None = None
+        # FSDP's own: another group of the same processes would be another queue.
+        self.group: dist.ProcessGroup | None = None
 
     def begin_forward(self, model: nn.Module, _args) -> None:
-        # A forward that was stopped on its way, or ran out of memory, left some of it gathered.
+        # One that was stopped on its way, or ran out of memory, left some weights gathered.
         model.reset_iter_state()
         self.forwards, self.is_backward = self.forwards + 1, False
 
@@ -176,13 +178,14 @@ class _Turns:
         """What is gathered from here to the next forward is for the backward."""
         self.is_backward = True
 
-    def share(self, number: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """This process's part of a gathering of the unit `number`, padded as FSDP does."""
-        parts = []
+    def share(self, number: int, out: torch.Tensor) -> torch.Tensor:
+        """This process's part in gathering the unit `number`: `out`, as FSDP lays it out."""
+        start = 0
         for parameter in self.params[number]:
             local = parameter.to_local().flatten()
-            parts.append(F.pad(local, (0, _padded(parameter) - local.numel())))
-        return torch.cat(parts, out=out)
+            out[start : start + len(local)] = local
+            start += _share_size(parameter)
+        return out
 
     def wait(self) -> None:
         """Returns when no process wants weights before all meet."""
@@ -208,16 +211,20 @@ class _Turns:
 
     @torch.no_grad()
     def _help(self, number: int) -> None:
-        size = sum(map(_padded, self.params[number]))
+        size = self.sizes[number]
         gathered = self._unread[: size * num_processes()]
-        own = gathered[rank() * size :][:size]
-        dist.all_gather_into_tensor(gathered, self.share(number, out=own))
+        # FSDP gathers in a stream of its own: what was asked before may still be on its way.
+        if self._written:
+            torch.cuda.current_stream().wait_event(self._written)
+        own = self.share(number, gathered[rank() * size :][:size])
+        dist.all_gather_into_tensor(gathered, own, self.group)
+        if gathered.is_cuda:
+            self._written = torch.cuda.current_stream().record_event()
 
 
-def _padded(parameter: DTensor) -> int:
-    """Numbers of the largest share of `parameter`."""
-    rows = -(-len(parameter) // num_processes())
-    return rows * (parameter.numel() // len(parameter))
+def _share_size(parameter: DTensor) -> int:
+    """Numbers of the largest share of `parameter`, to which FSDP pads the others."""
+    return -(-len(parameter) // num_processes()) * (parameter.numel() // len(parameter))
 
 
 class _Gathering:
@@ -231,8 +238,10 @@ class _Gathering:
 
     def __call__(self, output_tensor, input_tensor, group, async_op: bool = False):
         if not self._is_checked:
-            # What is handed out to others is what FSDP hands out.
-            assert torch.equal(input_tensor, self.turns.share(self.number))
+            # What the others are given in help is what FSDP itself gives.
+            own = self.turns.share(self.number, torch.zeros_like(input_tensor))
+            assert torch.equal(input_tensor, own)
             self._is_checked = True
+        self.turns.group = group
         self.turns.take(self.number)
         return dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
