@@ -6,7 +6,6 @@ its share of the samples; the first one writes. Alone, each function here does n
 
 import contextlib
 import os
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,8 +19,8 @@ from configs.command_line import UserError, is_first, num_processes, rank
 
 # What torchrun and accelerate launch tell each process beside WORLD_SIZE.
 LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# What a process does wherever all are to meet, before it is there.
-before_meeting: list[Callable[[], None]] = []
+# Models that are shared out, see `training.shard`: `wait()` comes before all meet, `leave()` last.
+sharers: list = []
 
 
 @contextlib.contextmanager
@@ -59,9 +58,15 @@ def joined():
         lost.is_of_process = True
         raise lost from error
     finally:
-        before_meeting.clear()
+        leave()
         # After an error too: its threads would abort the process as it ends.
         dist.destroy_process_group()
+
+
+def leave() -> None:
+    """No model is shared out any more."""
+    while sharers:
+        sharers.pop().leave()
 
 
 def _lost(error: Exception) -> UserError:
@@ -73,8 +78,8 @@ def _lost(error: Exception) -> UserError:
 
 
 def _call(collective, *args):
-    for prepare in before_meeting:
-        prepare()
+    for sharer in sharers:
+        sharer.wait()
     return _try(collective, *args)
 
 
@@ -86,7 +91,7 @@ def _try(collective, *args):
 
 
 def least_of_all(number: int) -> int:
-    """The least of what the processes gave, without meeting: see `before_meeting`."""
+    """The least of what the processes gave, without meeting: see `sharers`."""
     tensor = torch.tensor(number)
     _try(dist.all_reduce, tensor, dist.ReduceOp.MIN)
     return int(tensor)

@@ -20,13 +20,13 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from configs.command_line import UserError, num_processes, rank
 from models.ds_lora import find_decoder_layers
 from models.forward import evaluation
-from training.processes import before_meeting, least_of_all
+from training.processes import least_of_all, sharers
 
 # What a process wishes for that wants no weights: it comes after every other.
 NOTHING = 2**63 - 1
@@ -90,7 +90,7 @@ def share_out(model: nn.Module, files: list[Path], device: torch.device) -> nn.M
 def begin(model: nn.Module, device: torch.device) -> nn.Module:
     """`model`, which all processes have shared out, ready to be run."""
     units = units_of(model)
-    turns = _Turns(parameters_of(units))
+    turns = _Turns(units)
     for number, unit in enumerate(units):
         unit.set_custom_all_gather(_Gathering(turns, number))
     # FSDP learns its units in the first forward, which must hold them all.
@@ -98,7 +98,7 @@ def begin(model: nn.Module, device: torch.device) -> nn.Module:
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     model.register_forward_pre_hook(turns.begin_forward, prepend=True)
     model.register_forward_hook(turns.end_forward)
-    before_meeting.append(turns.wait)
+    sharers.append(turns)
     return model
 
 
@@ -155,14 +155,18 @@ class _Turns:
     """Whose wish is next.
 
     Args:
+        units: see `units_of`, shared out.
+
+    Attributes:
         params: of each unit, this process's shares of its weights.
+        sizes: numbers of each unit that a process hands out.
     """
 
-    def __init__(self, params: list[list[DTensor]]):
-        self.params = params
-        self.sizes = [sum(map(_share_size, of_unit)) for of_unit in params]
+    def __init__(self, units: list[FSDPModule]):
+        self.units, self.params = units, parameters_of(units)
+        self.sizes = [sum(map(_share_size, of_unit)) for of_unit in self.params]
         self.forwards, self.is_backward = 0, False
-        example = params[-1][0].to_local()
+        example = self.params[-1][0].to_local()
         # Here before it is needed: memory must not run out in the middle of a gathering.
         self._unread = example.new_empty(max(self.sizes) * num_processes())
         self._written: torch.Event | None = None
@@ -191,6 +195,14 @@ class _Turns:
         """Returns when no process wants weights before all meet."""
         self._until(None)
         self.forwards = 0
+
+    def leave(self) -> None:
+        """Lets go of the group: the threads of one that is still held can abort the process."""
+        self.group = None
+        for unit in self.units:
+            for group in unit._get_fsdp_state()._fsdp_param_groups:
+                group.mesh_info.shard_process_group = None
+                group.mesh_info.mesh._pg_registry.clear()
 
     def take(self, number: int) -> None:
         """Returns when all processes are about to gather the unit `number`."""

@@ -28,21 +28,22 @@ from configs.command_line import rank
 from evaluation import report
 from models.ds_lora import DSLoRALinear
 from training import session
-from training.processes import before_meeting, joined
+from training.processes import joined, leave
 
 @contextlib.contextmanager
 def joined_already():
     yield
-    before_meeting.clear()
+    leave()
 
 def load_and_remember(*args):
     models.append(load(*args))
     return models[-1]
 
+# Once, after the first step.
 def failing(layer, x):
-    """Runs out of memory in the second process after the first step, once."""
-    if where and list(Path(min(where)).glob("seq_state/state-00000002-*")):
-        where.clear()
+    global fails_in
+    if fails_in and list(Path(fails_in).glob("seq_state/state-00000002-*")):
+        fails_in = ""
         print("process 1 runs out of memory", file=sys.stderr)
         raise RuntimeError("out of memory")
     return forward(layer, x)
@@ -54,7 +55,7 @@ forward, DSLoRALinear.forward = DSLoRALinear.forward, failing
 told = Path(sys.argv[1])
 with joined():
     for job in json.loads(told.read_text()):
-        where = {job["fails_in"]} if rank() == 1 and job["fails_in"] else set()
+        fails_in = job["fails_in"] if rank() == 1 else ""
         script = {"train": train_slsd_seq, "evaluate": evaluate_tasks}[job["script"]]
         if script.main(job["argv"]):
             sys.exit(2)
