@@ -1,5 +1,6 @@
 """The base model and its tokenizer."""
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -152,7 +153,7 @@ def check_model(cfg):
     location = _location(cfg)
     _check_files(cfg)
     if cfg.shard and os.path.isdir(cfg.model_name):
-        weight_files(cfg)
+        _loaded(cfg, lambda: weight_files(cfg))
     try:
         _ask_hub(cfg.model_name)
     except (OSError, ValueError) as error:
@@ -229,29 +230,24 @@ def load_model(cfg, device: torch.device):
         transformers_logging.disable_progress_bar()
     if cfg.shard:
         return _load_shares(cfg, device, dtype)
+    cure = "--quantization 4bit (or 8bit), a GPU with more free memory, or --device cpu"
     try:
-        model, info = _loaded(
-            cfg,
-            AutoModelForCausalLM.from_pretrained,
-            **_location(cfg),
-            trust_remote_code=False,
-            output_loading_info=True,
-            dtype=dtype,
-            # Straight onto the device: no second copy in host memory.
-            device_map={"": device},
-            quantization_config=_quantization(cfg, dtype),
-        )
+        with _fitting(cfg, dtype, device, cure):
+            model, info = _loaded(
+                cfg,
+                AutoModelForCausalLM.from_pretrained,
+                **_location(cfg),
+                trust_remote_code=False,
+                output_loading_info=True,
+                dtype=dtype,
+                # Straight onto the device: no second copy in host memory.
+                device_map={"": device},
+                quantization_config=_quantization(cfg, dtype),
+            )
     except (OSError, ValueError, ImportError) as error:
         raise _explain(cfg, error) from error
     except SafetensorError as error:
         raise _unreadable_weights(cfg, error) from error
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"--model_name {cfg.model_name} in {dtype} does not fit {device}: give --quantization "
-            "4bit (or 8bit), a GPU with more free memory, or --device cpu"
-        ) from error
     if info["missing_keys"]:
         # transformers would go on with random numbers.
         names = sorted(info["missing_keys"])
@@ -265,6 +261,7 @@ def load_model(cfg, device: torch.device):
 
 def _load_shares(cfg, device: torch.device, dtype: torch.dtype):
     """The base model, of which this process holds its share; see `training.shard`."""
+    cure = f"more processes than {num_processes()}"
 
     def read():
         model = skeleton(cfg, check_model(cfg), dtype=dtype)
@@ -275,20 +272,29 @@ def _load_shares(cfg, device: torch.device, dtype: torch.dtype):
             )
         if device.type == "cuda":
             spare_the_gpu(model)
+        files = _loaded(cfg, lambda: weight_files(cfg))
         try:
-            return share_out(model, _loaded(cfg, lambda: weight_files(cfg)), device)
+            with _fitting(cfg, dtype, device, cure):
+                return share_out(model, files, device)
         except SafetensorError as error:
             raise _unreadable_weights(cfg, error) from error
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"--model_name {cfg.model_name} in {dtype}, shared by {num_processes()} processes, "
-                f"does not fit {device}: start more of them"
-            ) from error
 
     (model,) = all_succeed([read])
-    return begin(model, device).eval()
+    with _fitting(cfg, dtype, device, cure):
+        return begin(model, device).eval()
+
+
+@contextlib.contextmanager
+def _fitting(cfg, dtype: torch.dtype, device: torch.device, cure: str):
+    """Raises `UserError` where memory runs out in the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"--model_name {cfg.model_name} in {dtype} does not fit {device}: give {cure}"
+        ) from error
 
 
 class _Once(logging.Filter):

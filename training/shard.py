@@ -59,15 +59,16 @@ def weight_files(cfg) -> list[Path]:
         folder = Path(
             snapshot_download(cfg.model_name, allow_patterns=[SINGLE, "model*-of-*", INDEX])
         )
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    if (folder / INDEX).exists():
+    files = [folder / SINGLE]
+    if (folder / INDEX).exists() and not files[0].exists():
         of_weights = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return [folder / name for name in sorted(set(of_weights.values()))]
-    raise UserError(
-        f"--shard true: {cfg.model_name} has no {SINGLE}, of which each process could read its "
-        "share; give a model that has, or --shard false"
-    )
+        files = [folder / Path(name).name for name in sorted(set(of_weights.values()))]
+    if absent := [path.name for path in files if not path.exists()]:
+        raise UserError(
+            f"--shard true: {cfg.model_name} has no {absent[0]}, of which each process could read "
+            "its share; give a whole model with .safetensors, or --shard false"
+        )
+    return files
 
 
 def share_out(model: nn.Module, files: list[Path], device: torch.device) -> nn.Module:
@@ -111,7 +112,7 @@ def _make_buffers(model: nn.Module, device: torch.device) -> None:
                 empty = torch.empty_like(buffer, device=device)
                 filler = float("nan") if buffer.is_floating_point() else 0
                 module._buffers[name] = empty.fill_(filler)
-    # Of the weights, which are still on the meta device, this makes nothing.
+    # On the meta device, where the weights still are, this does nothing.
     model.initialize_weights()
 
 
@@ -174,7 +175,7 @@ class _Turns:
         self.group: dist.ProcessGroup | None = None
 
     def begin_forward(self, model: nn.Module, _args) -> None:
-        # One that was stopped on its way, or ran out of memory, left some weights gathered.
+        # A pass that was stopped on its way, or ran out of memory, left some weights gathered.
         model.reset_iter_state()
         self.forwards, self.is_backward = self.forwards + 1, False
 
@@ -193,7 +194,7 @@ class _Turns:
 
     def wait(self) -> None:
         """Returns when no process wants weights before all meet."""
-        self._until(None)
+        self.until(None)
         self.forwards = 0
 
     def leave(self) -> None:
@@ -204,11 +205,8 @@ class _Turns:
                 group.mesh_info.shard_process_group = None
                 group.mesh_info.mesh._pg_registry.clear()
 
-    def take(self, number: int) -> None:
-        """Returns when all processes are about to gather the unit `number`."""
-        self._until(number)
-
-    def _until(self, number: int | None) -> None:
+    def until(self, number: int | None) -> None:
+        """Returns when the unit `number` is gathered next in all processes; None: when none is."""
         wish = NOTHING if number is None else self._wish(number)
         while (chosen := least_of_all(wish)) != NOTHING:
             # The unit stands in the lowest bits.
@@ -255,5 +253,5 @@ class _Gathering:
             assert torch.equal(input_tensor, own)
             self._is_checked = True
         self.turns.group = group
-        self.turns.take(self.number)
+        self.turns.until(self.number)
         return dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)

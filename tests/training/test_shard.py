@@ -108,9 +108,9 @@ def weight_files_in(folder):
 
 
 def evaluation_of(train: dict, folder) -> dict:
-    """What is asked of the last stage of a run: answers, by the task's own branches too."""
+    """What is asked of the last stage of a run: a question a task, none for the second process."""
     options = ["--checkpoint", folder / "checkpoints" / "seq_T2_math", "--log_dir", folder / "logs"]
-    options += ["--branches", "latest", "routed", "--max_samples", "3", "--max_new_tokens", "5"]
+    options += ["--branches", "latest", "routed", "--max_samples", "1", "--max_new_tokens", "5"]
     return {"script": "evaluate", "argv": [*train["argv"], *map(str, options)], "fails_in": ""}
 
 
