@@ -57,6 +57,13 @@ class BaseConfig(Knobs):
         decides=False,
     )
 
+    shard: bool = knob(
+        False,
+        "under torchrun: each process holds its share of the frozen base, for a model larger than a"
+        " GPU; layers are gathered as they run",
+        decides=False,
+    )
+
     lora_r: int = knob(8, "rank of each of the two branches", at_least=1, at_most=8192)
     lora_alpha: int = knob(
         32, "each branch's output is scaled by lora_alpha / lora_r", at_least=1, at_most=10**6
@@ -339,6 +346,16 @@ class BaseConfig(Knobs):
                     f"--task_judges {entry}: give TASK=JUDGE, a task of the configuration and one "
                     f"of {', '.join(JUDGES)}"
                 )
+        if self.shard and num_processes() == 1:
+            found.append(
+                "--shard true: one process has nobody to share the model with; start several with "
+                "torchrun, or give false"
+            )
+        if self.shard and (self.quantization != "none" or self.model_name.endswith(".gguf")):
+            found.append(
+                "--shard true: a quantised model or a .gguf file is held whole; give --quantization"
+                " none and a model with .safetensors, or --shard false"
+            )
         if self.kd_forward == "slow" and self.kd_branches == "all":
             found.append(
                 "kd_forward is 'slow', kd_branches is 'all': the slow branch alone has no gradient "

@@ -71,7 +71,10 @@ def generate(
             for batch in passes.batches(lengths):
                 chosen = [prompts[i] for i in batch]
                 inputs = left_padded(chosen, tokenizer.pad_token_id, passes.device)
-                outputs = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+                # Each process has batches of its own: of a shared model transformers would have
+                # them all go on to the longest answer together.
+                outputs = model.generate(**inputs, synced_gpus=False)
+                outputs = outputs[:, inputs["input_ids"].shape[1] :]
                 texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
                 replies.update(zip(batch, (text.strip() for text in texts), strict=True))
                 progress.update(len(batch))

@@ -1,5 +1,7 @@
 """One kernel where a model's own code takes many: for a GPU, which waits for launches."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -8,9 +10,9 @@ from torch import nn
 def fuse_norms(model: nn.Module) -> int:
     """Puts `nn.RMSNorm` in the place of every norm of `model` whose result it equals.
 
-    Tried out on each: some families scale by 1 + weight, or have a bias. Equal is to the last
-    rounding of the dtype, as the fused kernel rounds once where the model's own code rounds twice.
-    Returns how many were replaced.
+    Tried out on each: some families scale by 1 + weight, or have a bias; on the meta device with
+    random weights. Equal is to the last rounding of the dtype, as the fused kernel rounds once
+    where the model's own code rounds twice. Returns how many were replaced.
     """
     found = [
         (name, norm)
@@ -36,9 +38,12 @@ def _fused(norm: nn.Module) -> nn.RMSNorm | None:
         return None
     fused = nn.RMSNorm(weight.shape, eps, device="meta").train(norm.training)
     fused.weight = weight
+    generator = torch.Generator().manual_seed(0)
+    if weight.is_meta:
+        norm = copy.deepcopy(norm).to_empty(device="cpu")
+        weight = norm.weight.uniform_(0.5, 2, generator=generator)
     # Rows of all sizes: those about the root of epsilon tell where it is added.
     sizes = torch.tensor([1e-3, 1e-2, 1.0, 100.0])
-    generator = torch.Generator().manual_seed(0)
     x = sizes[:, None] * torch.randn(4, weight.numel(), generator=generator)
     x = x.to(weight.device, weight.dtype)
     expected, found = norm(x).float(), F.rms_norm(x, weight.shape, weight, eps).float()

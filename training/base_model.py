@@ -1,5 +1,6 @@
 """The base model and its tokenizer."""
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -19,10 +20,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from configs.command_line import UserError, shows_progress
+from configs.command_line import UserError, num_processes, shows_progress
 from configs.ending import is_out_of_memory
 from training.device import model_dtype, spare_the_cpu, spare_the_gpu
 from training.model_files import TEKKEN, check_folder, unfit_config, unfit_tokenizer
+from training.processes import all_succeed
+from training.shard import begin, share_out, weight_files
 
 
 def _location(cfg) -> dict:
@@ -92,7 +95,7 @@ def _loaded(cfg, load, **arguments):
     """
     try:
         return load(**arguments)
-    except (MemoryError, SafetensorError):
+    except (MemoryError, SafetensorError, UserError):
         raise
     except Exception as error:
         if is_out_of_memory(error):
@@ -149,6 +152,8 @@ def check_model(cfg):
         )
     location = _location(cfg)
     _check_files(cfg)
+    if cfg.shard and os.path.isdir(cfg.model_name):
+        _loaded(cfg, lambda: weight_files(cfg))
     try:
         _ask_hub(cfg.model_name)
     except (OSError, ValueError) as error:
@@ -156,6 +161,10 @@ def check_model(cfg):
     config = _loaded(cfg, AutoConfig.from_pretrained, **location, trust_remote_code=False)
     if fault := unfit_config(config):
         raise UserError(f"--model_name {cfg.model_name}: {fault}")
+    if cfg.shard and getattr(config, "quantization_config", None):
+        raise UserError(
+            f"--shard true: {cfg.model_name} is quantised and held whole; give the full model"
+        )
     text = config.get_text_config()
     layers, positions = text.num_hidden_layers, getattr(text, "max_position_embeddings", None)
     problems = []
@@ -219,29 +228,26 @@ def load_model(cfg, device: torch.device):
     dtype = model_dtype(cfg, device)
     if not shows_progress():
         transformers_logging.disable_progress_bar()
+    if cfg.shard:
+        return _load_shares(cfg, device, dtype)
+    cure = "--quantization 4bit (or 8bit), a GPU with more free memory, or --device cpu"
     try:
-        model, info = _loaded(
-            cfg,
-            AutoModelForCausalLM.from_pretrained,
-            **_location(cfg),
-            trust_remote_code=False,
-            output_loading_info=True,
-            dtype=dtype,
-            # Straight onto the device: no second copy in host memory.
-            device_map={"": device},
-            quantization_config=_quantization(cfg, dtype),
-        )
+        with _fitting(cfg, dtype, device, cure):
+            model, info = _loaded(
+                cfg,
+                AutoModelForCausalLM.from_pretrained,
+                **_location(cfg),
+                trust_remote_code=False,
+                output_loading_info=True,
+                dtype=dtype,
+                # Straight onto the device: no second copy in host memory.
+                device_map={"": device},
+                quantization_config=_quantization(cfg, dtype),
+            )
     except (OSError, ValueError, ImportError) as error:
         raise _explain(cfg, error) from error
     except SafetensorError as error:
         raise _unreadable_weights(cfg, error) from error
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"--model_name {cfg.model_name} in {dtype} does not fit {device}: give --quantization "
-            "4bit (or 8bit), a GPU with more free memory, or --device cpu"
-        ) from error
     if info["missing_keys"]:
         # transformers would go on with random numbers.
         names = sorted(info["missing_keys"])
@@ -251,6 +257,44 @@ def load_model(cfg, device: torch.device):
     if device.type == "cuda":
         spare_the_gpu(model)
     return model.eval()
+
+
+def _load_shares(cfg, device: torch.device, dtype: torch.dtype):
+    """The base model, of which this process holds its share; see `training.shard`."""
+    cure = f"more processes than {num_processes()}"
+
+    def read():
+        model = skeleton(cfg, check_model(cfg), dtype=dtype)
+        if model._get_dtype_plan(dtype):
+            raise UserError(
+                f"--shard true: some weights of {cfg.model_name} are held in float32, and those of "
+                "a layer are gathered in one dtype; give --dtype float32 or --shard false"
+            )
+        if device.type == "cuda":
+            spare_the_gpu(model)
+        files = _loaded(cfg, lambda: weight_files(cfg))
+        try:
+            with _fitting(cfg, dtype, device, cure):
+                return share_out(model, files, device)
+        except SafetensorError as error:
+            raise _unreadable_weights(cfg, error) from error
+
+    (model,) = all_succeed([read])
+    with _fitting(cfg, dtype, device, cure):
+        return begin(model, device).eval()
+
+
+@contextlib.contextmanager
+def _fitting(cfg, dtype: torch.dtype, device: torch.device, cure: str):
+    """Raises `UserError` where memory runs out in the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"--model_name {cfg.model_name} in {dtype} does not fit {device}: give {cure}"
+        ) from error
 
 
 class _Once(logging.Filter):
@@ -266,14 +310,14 @@ class _Once(logging.Filter):
         return is_new
 
 
-def skeleton(cfg, config):
+def skeleton(cfg, config, **options):
     """The model of the configuration `config` without weights, on the meta device.
 
     Raises `UserError` where it makes none.
     """
     with torch.device("meta"):
         load = AutoModelForCausalLM.from_config
-        return _loaded(cfg, load, config=config, trust_remote_code=False)
+        return _loaded(cfg, load, config=config, trust_remote_code=False, **options)
 
 
 def _quantization(cfg, dtype: torch.dtype):

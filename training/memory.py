@@ -8,14 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from configs.command_line import num_processes
 from methods import find_method
 from models.ds_lora import BRANCHES, branch_parameters, ds_lora_layers, find_decoder_layers
+from training.shard import parameters_of, units_of
 
 # Passes without gradients keep no activations: a GPU takes them larger. A CPU gains nothing.
 PASS_WITHOUT_GRADIENTS = 4
 # Classes of a row, times rows, that are worked on at a time in fp32, and how many such blocks are
 # alive in the loss and in the entropy; see `models.forward.block_rows`.
 BLOCK, BLOCKS_OF_LOSS, BLOCKS_OF_ENTROPY = 4 * 2**25, 2, 4
+# Gathered units of a model that is shared out: the weights of one, where they arrive and where the
+# next ones do, and what is gathered for others only.
+GATHERED = 4
 
 
 def _width(config, name: str, usual: int) -> int:
@@ -126,6 +131,17 @@ def weight_bytes(model: nn.Module, quantization: str, itemsize: int) -> int:
     return int(held * width + (sum(frozen.values()) - held) * itemsize)
 
 
+def held_bytes(cfg, model: nn.Module, itemsize: int) -> int:
+    """Bytes that the frozen base takes in one process."""
+    whole = weight_bytes(model, cfg.quantization, itemsize)
+    if not cfg.shard:
+        return whole
+    frozen = (
+        [p.numel() for p in unit if not p.requires_grad] for unit in parameters_of(units_of(model))
+    )
+    return whole // num_processes() + GATHERED * itemsize * max(map(sum, frozen))
+
+
 def run_bytes(cfg, model: nn.Module, dtype: torch.dtype, device, tokens: int, share: float) -> int:
     """Most bytes of the device that a run takes at once.
 
@@ -135,7 +151,7 @@ def run_bytes(cfg, model: nn.Module, dtype: torch.dtype, device, tokens: int, sh
         share: of the tokens that are response.
     """
     shapes, positions = Shapes.of(model, dtype, device), round(tokens * share)
-    steady = weight_bytes(model, cfg.quantization, dtype.itemsize)
+    steady = held_bytes(cfg, model, dtype.itemsize)
     steady += find_method(cfg.method).device_bytes(cfg, model, positions)
     # fp32 branches, gradients and AdamW's two moments; each pass casts the branches down.
     steady += shapes.trainable * (16 + dtype.itemsize)

@@ -107,7 +107,8 @@ def report_plan(
     longest = max(max(samples.train.lengths) for samples in data.values())
     tokens = max(cfg.tokens_per_pass, longest)
     memory = run_bytes(cfg, model, dtype, device, tokens, max(shares.values()))
-    print(f"about {memory / 2**30:.1f} GiB of {device.type} memory with --tokens_per_pass {tokens}")
+    where = f"{device.type} memory" + (" in each process" if cfg.shard else "")
+    print(f"about {memory / 2**30:.1f} GiB of {where} with --tokens_per_pass {tokens}")
     print(f"about {disk / 2**20:,.0f} MiB of disk in {cfg.save_dir}")
     if saved:
         step = (saved["training"] or {}).get("step", 0)

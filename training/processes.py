@@ -1,7 +1,7 @@
 """The processes of one run, as torchrun or accelerate launch started them.
 
-Every process holds the whole model and all data, and works on its share of the samples; the first
-one writes. Alone, each function here does nothing.
+Every process holds the whole model (or its share, see `training.shard`) and all data, and works on
+its share of the samples; the first one writes. Alone, each function here does nothing.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from configs.command_line import UserError, is_first, num_processes, rank
 
 # What torchrun and accelerate launch tell each process beside WORLD_SIZE.
 LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Models that are shared out, see `training.shard`: `wait()` comes before all meet, `leave()` last.
+sharers: list = []
 
 
 @contextlib.contextmanager
@@ -48,20 +50,51 @@ def joined():
     except UserError as error:
         error.is_of_process = True
         raise
+    except RuntimeError as error:
+        # In the middle of a model that is shared out.
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        lost = _lost(error)
+        lost.is_of_process = True
+        raise lost from error
     finally:
+        leave()
         # After an error too: its threads would abort the process as it ends.
         dist.destroy_process_group()
 
 
+def leave() -> None:
+    """No model is shared out any more."""
+    while sharers:
+        sharers.pop().leave()
+
+
+def _lost(error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0]
+    return UserError(
+        f"process {rank()}: another process of this run has ended ({reason}); its own message "
+        "says why, and the same command goes on from the last saved state"
+    )
+
+
 def _call(collective, *args):
+    for sharer in sharers:
+        sharer.wait()
+    return _try(collective, *args)
+
+
+def _try(collective, *args):
     try:
         return collective(*args)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"process {rank()}: another process of this run has ended ({reason}); its own message "
-            "says why, and the same command goes on from the last saved state"
-        ) from error
+        raise _lost(error) from error
+
+
+def least_of_all(number: int) -> int:
+    """The least of what the processes gave, without meeting: see `sharers`."""
+    tensor = torch.tensor(number)
+    _try(dist.all_reduce, tensor, dist.ReduceOp.MIN)
+    return int(tensor)
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 from helpers import make_model, make_samples, passes
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from models.forward import response_logits
 from models.fused import fuse_norms
@@ -24,6 +25,13 @@ def test_fused_norms_give_the_models_own_results(dtype):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
     after = response_logits(model, **batch)
     assert (after - before).abs().max() <= tolerance * before.abs().max()
+
+
+def test_norms_without_weights_yet_are_told_apart_alike():
+    with torch.device("meta"):
+        norms = nn.ModuleList([LlamaRMSNorm(32), GemmaRMSNorm(32)])
+    assert fuse_norms(norms) == 1
+    assert isinstance(norms[0], nn.RMSNorm) and norms[0].weight.is_meta
 
 
 def test_another_norm_stays():

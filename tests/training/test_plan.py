@@ -1,12 +1,20 @@
 """What a run will take, before it is begun; the device's memory: see `test_fake_cuda`."""
 
+import re
+
 import pytest
 import torch
-from helpers import inject, make_model
+from helpers import ROOT, inject, make_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 
+from configs.base_config import BaseConfig
+from methods import find_method, run_config
 from models.forward import cross_entropy
+from training.base_model import skeleton
+from training.memory import run_bytes
 from training.plan import count_parameters, disk_bytes, task_flops
+from training.session import inject as inject_as_asked
 from utils_data import TaskData
 
 CPU = torch.device("cpu")
@@ -42,3 +50,29 @@ def test_disk_counts_a_checkpoint_a_task_and_answers_over_the_whole_vocabulary(m
     few, all_classes = (disk_bytes(make_config(kd_top_k=k), model, data, 5) for k in (1, 0))
     probes, tokens = 4, 64
     assert all_classes - few == states * probes * tokens * 6 * (320 - 1)
+
+
+SHAPES = {
+    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40}
+    | {"num_attention_heads": 40, "num_key_value_heads": 40},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    | {"num_attention_heads": 64, "num_key_value_heads": 8},
+}
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_the_memory_of_a_shared_model_is_what_the_readme_says(size, monkeypatch):
+    """In bfloat16, with passes of 2,048 tokens half of which are response."""
+    table = re.findall(rf"^\| LLaMA-2-{size}.*\|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(table) == 2
+    config = LlamaConfig(vocab_size=32000, **SHAPES[size])
+    settings = {"num_frozen_layers": config.num_hidden_layers // 2, "shard": True}
+    for row, checkpointing in zip(table, (False, True), strict=True):
+        told = dict(zip((2, 4, 8, 16), re.findall(r"\d+\.\d", row), strict=True))
+        for processes, gib in told.items():
+            monkeypatch.setenv("WORLD_SIZE", str(processes))
+            make = run_config(BaseConfig, find_method("ds_lora"))
+            cfg = make(**settings, gradient_checkpointing=checkpointing)
+            model = inject_as_asked(cfg, skeleton(cfg, config))
+            planned = run_bytes(cfg, model, torch.bfloat16, torch.device("cuda"), 2048, 0.5)
+            assert f"{planned / 2**30:.1f}" == gib
