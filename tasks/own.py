@@ -81,8 +81,10 @@ def _json_rows(text: str) -> list:
     try:
         return [json.loads(line) for line in lines]
     except ValueError:
-        # One object over many lines, which holds the rows.
+        # One object over many lines: a row, or what holds the rows.
         whole = json.loads(text)
+        if not whole.keys().isdisjoint(TURNS):
+            return [whole]
         lists = [value for value in whole.values() if isinstance(value, list)]
         if len(lists) != 1:
             raise

@@ -127,6 +127,10 @@ def test_json_lines_a_wrapped_array_csv_and_parquet(tmp_path):
     lines = "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     assert convert(tmp_path / "a.jsonl", text=lines) == rows
     assert convert(tmp_path / "a.json", text=json.dumps({"n": 2, "data": rows}, indent=1)) == rows
+    # One conversation alone is a row, and its messages are none.
+    turns = [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi."}]
+    text = json.dumps({"conversations": turns}, indent=1)
+    assert convert(tmp_path / "b.json", text=text) == [ROW]
     with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(ROW))
         writer.writeheader()
