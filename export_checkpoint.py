@@ -15,8 +15,8 @@ from methods import parse_config
 from models.adapter import save_peft
 from models.ds_lora import BRANCHES, ds_lora_layers, merge_branches
 from training.identity import describe_base
+from training.journal import prompts_as_trained
 from training.saving import atomic_folder
-from training.session import prompts_as_trained
 
 EVERY_TASK, OWN = "every_task", "own"
 

@@ -18,9 +18,9 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from configs.base_config import NO_TASK, TASK_NAME
 from configs.command_line import Knobs, UserError, config_class, knob, parse_dataclasses
 from configs.ending import command_line
+from configs.task_files import NO_TASK, TASK_NAME
 from models.reading import read_json
 from tasks import TASKS
 from tasks.own import OwnFile

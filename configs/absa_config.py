@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from configs.base_config import BaseConfig, suite_paths
+from configs.base_config import BaseConfig
+from configs.task_files import suite_paths
 
 _A = ["ApexAD2600Progressive", "CanonG3", "CanonPowerShotSD500", "CanonS100", "Computer"]
 _B = ["CreativeLabsNomadJukeboxZenXtra40GB", "DiaperChamp"]

@@ -1,30 +1,12 @@
 """Every knob of an experiment, with its unit, bounds and meaning."""
 
-import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from configs.command_line import Knobs, knob, num_processes
+from configs.task_files import JUDGES, TASKS, task_problems, with_task_data
 
-TASKS = ("T1_general", "T2_math", "T3_code", "T4_tool", "T5_safety")
-# Files and folders are named by tasks.
-TASK_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}"
-# Stages that are no task, and a folder beside those of the tasks.
-NO_TASK = ("base", "joint", "state")
 TRACKERS = ("tensorboard", "trackio", "wandb")
-JUDGES = ("exact", "choice", "rouge_l", "number", "json_calls", "python")
-
-
-def suite_paths(suite: str, tasks: list[str]) -> dict[str, dict[str, str]]:
-    """`data_paths` of tasks that `prepare_datasets.py --suite` wrote, each with its test file."""
-    folder = f"{{data_dir}}/full/{suite}"
-    return {
-        task: {
-            **dict.fromkeys(("toy", "full"), f"{folder}/{task}.jsonl"),
-            "test": f"{folder}/{task}_test.jsonl",
-        }
-        for task in tasks
-    }
 
 
 @dataclass
@@ -316,36 +298,11 @@ class BaseConfig(Knobs):
 
     def __post_init__(self):
         if isinstance(self.task_data, list) and isinstance(self.data_paths, dict):
-            self.data_paths = self._with_task_data()
+            self.data_paths = with_task_data(self.data_paths, self.task_data)
         super().__post_init__()
 
-    def _with_task_data(self) -> dict[str, dict[str, str]]:
-        """`data_paths` with the entries of `task_data`; what is malformed is left to `problems`."""
-        paths = dict(self.data_paths)
-        entries = (str(entry).partition("=") for entry in self.task_data)
-        # Training files first: one that replaces a task's has no part in its old test file.
-        for name, _, path in sorted(entries, key=lambda entry: entry[0].endswith(".test")):
-            task = name.removesuffix(".test")
-            is_test = task != name
-            changes = {"test": path} if is_test else dict.fromkeys(("toy", "full"), path)
-            paths[task] = {**paths.get(task, {}), **changes} if is_test else changes
-        return paths
-
     def problems(self):
-        found = super().problems()
-        for entry in self.task_data:
-            if not re.fullmatch(rf"{TASK_NAME}(\.test)?=.+", entry, re.DOTALL):
-                found.append(
-                    f"--task_data {entry}: give NAME=FILE or NAME.test=FILE; a name has letters, "
-                    "digits, - and _"
-                )
-        for entry in self.task_judges:
-            task, _, judge = entry.partition("=")
-            if judge not in JUDGES or task not in self.data_paths:
-                found.append(
-                    f"--task_judges {entry}: give TASK=JUDGE, a task of the configuration and one "
-                    f"of {', '.join(JUDGES)}"
-                )
+        found = super().problems() + task_problems(self)
         if self.shard and num_processes() == 1:
             found.append(
                 "--shard true: one process has nobody to share the model with; start several with "
@@ -365,20 +322,6 @@ class BaseConfig(Knobs):
             found.append(
                 f"report_to is {self.report_to!r}: give some of {', '.join(TRACKERS)}, or none"
             )
-        order, known = self.task_order, self.data_paths
-        if set(order) - set(known) or len(set(order)) < len(order):
-            found.append(
-                f"task_order is {order!r}: give each task once, out of {', '.join(known)}; "
-                "--task_data NAME=FILE adds one"
-            )
-        for task, paths in known.items():
-            if not re.fullmatch(TASK_NAME, str(task)) or task in NO_TASK:
-                found.append(
-                    f"task {task!r}: name it with up to 64 letters, digits, - and _, and not "
-                    f"{', '.join(NO_TASK)}"
-                )
-            if not isinstance(paths, dict) or not paths.keys() >= {"toy", "full"}:
-                found.append(f'data_paths of {task} is {paths!r}: give {{"toy": ..., "full": ...}}')
         return found
 
     def data_path(self, task: str) -> str:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from configs.base_config import suite_paths
 from configs.standard_config import StandardConfig
+from configs.task_files import suite_paths
 
 _QUESTIONS = ["MNLI", "CB", "WiC", "COPA", "QQP", "BoolQA", "RTE", "IMDB"]
 _TWISTED = ["MultiRC", "BoolQA", "WiC", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB", "SST-2"]

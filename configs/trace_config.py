@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from configs.base_config import BaseConfig, suite_paths
+from configs.base_config import BaseConfig
+from configs.task_files import suite_paths
 
 ORDERS = {
     "order1": [

@@ -27,10 +27,11 @@ from training.base_model import (
 )
 from training.device import select_device
 from training.identity import base_identity, describe_base, differences
+from training.journal import DECIDED_IN_TRAINING
 from training.loop import evaluate_loss
 from training.passes import Passes, StopSignals
 from training.processes import gather
-from training.session import DECIDED_IN_TRAINING, inject
+from training.session import inject
 from utils_data import TaskData
 
 ROUTER_PROMPTS = 500

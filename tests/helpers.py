@@ -21,9 +21,9 @@ from methods.method import Tools
 from models.ds_lora import BRANCHES, branch_parameters, replace_with_ds_lora
 from models.forward import IGNORE, response_tokens
 from training import passes as passes_module
+from training.journal import Journal
 from training.passes import Passes, StopSignals, make_passes
 from training.saving import RunState
-from training.session import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
 

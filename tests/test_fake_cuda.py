@@ -24,12 +24,13 @@ from models.forward import response_tokens
 from train_slsd_seq import make_method, train_one_task_with_slsd
 from training import base_model
 from training.base_model import load_model
+from training.journal import Journal
 from training.logs import NoLog
 from training.loop import TaskTraining, evaluate_loss
 from training.memory import Shapes, flops_per_token, run_bytes
 from training.passes import Passes, StopSignals
 from training.saving import RunState
-from training.session import Journal, Session, enable_checkpointing, inject
+from training.session import Session, enable_checkpointing, inject
 from utils_data import TaskData
 
 GIB, BF16 = 2**30, torch.bfloat16

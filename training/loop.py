@@ -20,11 +20,11 @@ from models.forward import (
     response_tokens,
     seed_torch,
 )
+from training.journal import Journal
 from training.logs import JsonlLog
 from training.passes import Passes, progress_bar
 from training.plan import count_steps, data_order
 from training.processes import sum_gradients, sum_over_processes
-from training.session import Journal
 from training.telling import Progress, Watch, Window
 
 

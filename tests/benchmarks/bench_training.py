@@ -34,11 +34,12 @@ from models.forward import IGNORE, response_tokens
 from training import loop
 from training import passes as passes_module
 from training.base_model import check_model, load_model, load_tokenizer
+from training.journal import Journal
 from training.loop import TaskTraining, evaluate_loss
 from training.passes import Passes, StopSignals
 from training.plan import data_order
 from training.saving import RunState
-from training.session import Journal, Session, enable_checkpointing
+from training.session import Session, enable_checkpointing
 from utils_data import InstructionDataset, TaskData, read_jsonl
 
 TASK = "T1_general"

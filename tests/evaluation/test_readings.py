@@ -15,9 +15,9 @@ from evaluation.readings import open_stage
 from models.ds_lora import branch_tensors
 from models.router import Router
 from training.identity import describe_base
+from training.journal import Journal
 from training.passes import Passes, StopSignals
 from training.saving import RunState
-from training.session import Journal
 
 
 @pytest.fixture
