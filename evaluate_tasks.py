@@ -177,7 +177,9 @@ def check(stage: Stage, wanted: Evaluation, all_questions: list[Questions]) -> N
 def check_not_scored(stage: Stage) -> None:
     """Raises `UserError` where `stage` has its scores already, and they are not to be replaced."""
     path = log_path(stage, "scores")
-    if path.exists() and not stage.cfg.overwrite:
+    # Both are there where it was killed between writing its scores and its end: it goes on.
+    was_killed = log_path(stage, "scores", "unfinished").exists()
+    if path.exists() and not was_killed and not stage.cfg.overwrite:
         raise UserError(
             f"{path} is there already: give --overwrite true to replace it and its answers, or "
             "another --log_dir"

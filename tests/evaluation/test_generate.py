@@ -33,6 +33,7 @@ from evaluation.questions import (
     score,
 )
 from evaluation.readings import BASE, Stage
+from evaluation.unfinished import Unfinished
 from models.forward import IGNORE
 from tasks.code import judge_code
 from tasks.math import judge_math
@@ -309,6 +310,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained, tmp_path, monkeypatch
         assert not list(logs.glob("*unfinished*")) and not list(logs.glob(".*.tmp"))
     assert "T1_general: answered before" in capsys.readouterr().out
     assert not die_at_write(monkeypatch, 7, [*argv, "--overwrite", "true"])
+    # Its scores are whole, and it was not told that it is finished.
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        fail_at(patch, Unfinished, "finish", 0)
+        evaluate_tasks.main([*argv, "--overwrite", "true"])
+    asked.clear()
+    assert evaluate_tasks.main(argv) == 0 and not asked
+    assert {path: path.read_bytes() for path in logs.glob("*_T2_math*.jsonl")} == whole
 
 
 def test_another_evaluation_or_two_at_once_lose_nothing(trained, tmp_path, monkeypatch, capsys):
