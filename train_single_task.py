@@ -11,6 +11,7 @@ from evaluation.card import model_card
 from evaluation.readings import LATEST
 from methods import METHODS, find_method, parse_config
 from training.device import select_device as select_device
+from training.hub import push_checkpoints
 from training.loop import TaskTraining, evaluate_loss
 from training.plan import worth_keeping
 from training.session import set_up
@@ -47,6 +48,9 @@ def main(argv=None):
         options = {"journal": journal, "on_epoch_end": end_epoch}
         TaskTraining(cfg, passes, task, data.train, train_log, **options).run()
         journal.picture(lambda: draw(cfg, task))
+        checkpoints = (f"{name}_epoch{epoch}" for epoch in range(1, cfg.num_epochs + 1))
+        # Fewer where --max_steps_per_task came before.
+        push_checkpoints(cfg, [c for c in checkpoints if (Path(cfg.save_dir) / c).is_dir()])
         journal.finish()
 
 

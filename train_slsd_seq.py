@@ -17,6 +17,7 @@ from methods import find_method, parse_config
 from methods.method import JOINT, Method, Tools
 from models.drift import Drift
 from training.device import select_device as select_device
+from training.hub import push_checkpoints
 from training.logs import JsonlLog
 from training.loop import TaskTraining
 from training.plan import count_steps, worth_keeping
@@ -63,6 +64,7 @@ def main(argv=None):
             journal.save()
         report.finish()
         journal.picture(lambda: draw(cfg))
+        push_checkpoints(cfg, [f"seq_{stage}" for stage in stages])
         journal.finish()
 
 

@@ -256,6 +256,9 @@ class BaseConfig(Knobs):
         not_empty=True,
         decides=False,
     )
+    push_to_hub: str = knob(
+        "", "OWNER/NAME on the hub: upload the checkpoints at the end; none: never", decides=False
+    )
     logging_steps: int = knob(
         10,
         "optimizer steps from one line of the training log to the next",

@@ -21,6 +21,7 @@ from training.base_model import (
     skeleton,
 )
 from training.device import model_dtype, select_device
+from training.hub import check_hub
 from training.identity import check_identity, describe_base, run_identity
 from training.journal import Journal
 from training.outputs import (
@@ -97,11 +98,12 @@ def _checked(cfg, run_name: str, tasks: list[str], state: RunState) -> tuple:
     The saved state is (facts, parts), or None. Raises `UserError` with all that is wrong, and
     `NothingToDo` where the run is finished.
     """
-    model_config, device, _, _, *rows = all_succeed(
+    model_config, device, _, _, _, *rows = all_succeed(
         [
             partial(check_model, cfg),
             partial(select_device, cfg.device),
             partial(check_trackers, cfg),
+            partial(check_hub, cfg),
             *([partial(check_outputs, cfg, run_name)] if is_first() else [lambda: None]),
             *(partial(read_task, cfg, task) for task in tasks),
         ]
