@@ -93,6 +93,12 @@ def brief(name: str) -> str:
     return name if len(name) <= 18 else name[:16] + "…"
 
 
+def write_names(set_ticks: Callable, names: list[str], **style) -> None:
+    """Names along an axis; of very many every second, third, ...: more cannot be read."""
+    every = 1 + len(names) // (2 * MOST_TASKS)
+    set_ticks(range(0, len(names), every), map(brief, names[::every]), **style)
+
+
 def turned(names: list[str]) -> dict:
     """How so many names are written below an axis: the few of them level."""
     return {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(names) > 6 else {}
@@ -140,7 +146,7 @@ def draw_sequence(log: Path):
         xlabel="stage (the task just learned)",
         ylabel=UNIT,
     )
-    lines.set_xticks(range(len(stages)), map(brief, stages), **turned(stages))
+    write_names(lines.set_xticks, stages, **turned(stages))
     lines.grid(alpha=0.3)
     # Below the axes: inside them it would hide lines.
     below = -0.13 if not turned(stages) else -0.3
@@ -218,8 +224,8 @@ def draw_matrix(figure, axes, stages: list[str], tasks: list[str], loss: dict) -
     axes.set(
         title="stage x task matrix (bold: just learned)", xlabel="evaluated on", ylabel="stage"
     )
-    axes.set_xticks(range(len(tasks)), map(brief, tasks), **turned(tasks))
-    axes.set_yticks(range(len(stages)), map(brief, stages))
+    write_names(axes.set_xticks, tasks, **turned(tasks))
+    write_names(axes.set_yticks, stages)
     figure.colorbar(image, ax=axes, label="change against the base (blue: better), nats per token")
 
 

@@ -110,3 +110,14 @@ def test_a_long_log_is_drawn_in_seconds(tmp_path, monkeypatch):
     plain, smooth, held_out = axes.get_lines()
     assert plain.get_marker() == "" and list(held_out.get_xdata())[:2] == [1000, 2000]
     assert plot_loss.running_mean([1.0, 2.0, 4.0, 8.0], 2) == [1.0, 1.5, 3.0, 6.0]
+
+
+@pytest.mark.parametrize("number", [5, 80, 3000])
+def test_of_very_many_names_only_some_stand_at_an_axis(number):
+    names = [f"s{i}" for i in range(number)]
+    _, axes = plot_loss.plt.subplots()
+    plot_loss.write_names(axes.set_xticks, names)
+    written = {tick.get_position()[0]: tick.get_text() for tick in axes.get_xticklabels()}
+    plot_loss.plt.close("all")
+    assert all(text == names[place] for place, text in written.items())
+    assert len(written) == number if number < 80 else 30 < len(written) <= 80
