@@ -25,7 +25,9 @@ class Chat(Knobs):
     serve: int = knob(
         0, "port of an OpenAI-compatible address; 0: talk here", at_least=0, at_most=65535
     )
-    host: str = knob("127.0.0.1", "address of --serve; with 0.0.0.0 other machines reach it")
+    host: str = knob(
+        "127.0.0.1", "address of --serve; with 0.0.0.0 other machines reach it", not_empty=True
+    )
 
 
 @command_line

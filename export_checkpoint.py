@@ -19,6 +19,7 @@ from training.journal import prompts_as_trained
 from training.saving import atomic_folder
 
 EVERY_TASK, OWN = "every_task", "own"
+UNQUANTISED = "export the adapter and merge it into the full model, with PEFT's merge_and_unload"
 
 
 @dataclass
@@ -36,6 +37,8 @@ def main(argv=None):
     cfg, wanted = parse_config(argv, Export, description=__doc__)
     check(cfg, wanted)
     stage = open_stage(cfg, wanted.checkpoint)
+    if wanted.merge and stage.passes.model.config.to_dict().get("quantization_config"):
+        raise UserError(f"--merge true: {cfg.model_name} is quantised; {UNQUANTISED}")
     for folder, (reading, task) in exports(stage, wanted).items():
         with read_as(stage, reading, task):
             export(stage, folder, wanted.merge)
@@ -52,10 +55,7 @@ def check(cfg, wanted: Export) -> None:
     if Path(wanted.out).exists() or Path(wanted.out).is_symlink():
         problems.append(f"--out {wanted.out} is there already: give another, or remove it")
     if wanted.merge and cfg.quantization != "none":
-        problems.append(
-            f"--merge true: a base in {cfg.quantization} cannot take the branches up; export the "
-            "adapter and merge it into the unquantised base, with PEFT's merge_and_unload"
-        )
+        problems.append(f"--merge true: a base in {cfg.quantization} is quantised; {UNQUANTISED}")
     if wanted.merge and wanted.reading == EVERY_TASK:
         problems.append(f"--merge true makes one model: give one reading, not {EVERY_TASK}")
     if problems:
@@ -84,6 +84,8 @@ def exports(stage: Stage, wanted: Export) -> dict[Path, tuple[str, str]]:
         if task not in tasks:
             given = " or ".join(f"{reading}:{name}".rstrip(":") for name in tasks)
             raise UserError(f"--reading {wanted.reading}: give {given}")
+        if task and not stage.folder_of(task).is_dir():
+            raise UserError(f"--reading {wanted.reading}: {stage.folder_of(task)} is missing")
     return found
 
 

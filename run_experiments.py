@@ -38,6 +38,7 @@ VARIANTS = {
 }
 # What tells one run of a method from another, and where it goes.
 RESERVED = {"seed", "task_order", "log_dir", "save_dir", "method", "config", "overwrite", "dry_run"}
+RESERVED |= {"push_to_hub"}
 NUMBERED = list(TASKS)
 DIGITS = "".join(str(number) for number in range(1, len(NUMBERED) + 1))
 
@@ -190,6 +191,8 @@ def plan(cfg, experiments, argv, within: str = "") -> list[Experiment]:
     Raises `UserError` with all that is wrong.
     """
     runs, problems = [], []
+    if cfg.push_to_hub:
+        problems.append("--push_to_hub is for one run: all of these would go to one repository")
     orders = {}
     for order in experiments.orders or [""]:
         try:
@@ -304,7 +307,9 @@ def check_finished(run: Experiment) -> None:
             raise ValueError(f"{run.summary} is no summary of a run")
     except (OSError, ValueError) as error:
         raise UserError(f"{run.summary.parent} cannot be checked: {error}") from error
-    if differing := differences({name: found.get(name) for name in wanted}, wanted):
+    # How the base was held is decided where it runs.
+    found = {k: v for k, v in found.items() if k in wanted or k not in ("dtype", "processes")}
+    if differing := differences(found, wanted):
         raise UserError(
             f"{run.summary.parent} holds another run ({differing}): give another --log_dir and "
             "--save_dir, or --overwrite true"

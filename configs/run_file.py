@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
@@ -13,13 +14,23 @@ from configs.command_line import Knobs, UserError, as_flags, config_class, wrong
 # Of the machine and not of the experiment.
 ONLY_GIVEN = ("runs", "jobs", "part")
 # Of one command and not of the run.
-ONLY_ONCE = ("overwrite", "dry_run")
+ONLY_ONCE = ("overwrite", "dry_run", "push_to_hub")
 RUN_FILE = (".yaml", ".yml", ".json")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: the last one would win without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def _read(option: str, path: str):
     """What stands in a file; `UserError` where it cannot be read."""
-    parse = json.loads if path.endswith(".json") else yaml.safe_load
+    parse = json.loads if path.endswith(".json") else partial(yaml.load, Loader=_Loader)
     try:
         return parse(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -41,8 +42,14 @@ def model_card(cfg, base_model: str, tasks: list[str], losses: list[dict]) -> st
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", "continual-learning", "ds-lora", method.name],
-        license=_license(sources),
-        datasets=[source.hub_id for of_task in sources.values() for source in of_task] or None,
+        # Of several choices the one that was made is not known here.
+        datasets=[
+            source.hub_id
+            for choices in sources.values()
+            if len(choices) == 1
+            for source in choices[0]
+        ]
+        or None,
     )
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {' → '.join(tasks)}\n",
@@ -67,29 +74,26 @@ def _listed(tasks: list[str]) -> str:
     )
 
 
-def _sources(cfg, task: str) -> list[Source]:
-    """The sets that the rows of `task` come from by default; none where its files are others."""
+def _sources(cfg, task: str) -> list[list[Source]]:
+    """The choices of sets that the rows of `task` may come from; none where it has other files."""
     is_usual = cfg.data_paths[task].get("full") == f"{{data_dir}}/full/{task}_full.jsonl"
     if cfg.use_toy_data or not is_usual or task not in TASKS:
         return []
-    return next(iter(TASKS[task].sources.values()), [])
-
-
-def _license(sources: dict[str, list[Source]]) -> str | None:
-    """That of all data where it is one; None where that of none is known."""
-    found = {source.license for of_task in sources.values() for source in of_task} - {""}
-    is_all = all(of_task and all(s.license for s in of_task) for of_task in sources.values())
-    return found.pop() if len(found) == 1 and is_all else "other" if found else None
+    return list(TASKS[task].sources.values())
 
 
 def _data_part(sources: dict[str, list[Source]]) -> str:
     """What each task was learned from; what the licences of sets mean for a model is not said."""
+
+    def told(choices: list[list[Source]], of: Callable[[Source], str]) -> str:
+        return " or ".join(", ".join(map(of, choice)) for choice in choices)
+
     rows = [
-        f"| {task} | {', '.join(s.hub_id for s in of_task) or 'files of its own'} "
-        f"| {', '.join(s.license or 'not known' for s in of_task) or 'not known'} |"
-        for task, of_task in sources.items()
+        f"| {task} | {told(choices, lambda s: s.hub_id) or 'files of its own'} "
+        f"| {told(choices, lambda s: s.license or 'not known') or 'not known'} |"
+        for task, choices in sources.items()
     ]
-    head = "## Data\n\n| task | from (as `prepare_datasets.py` writes it by default) | licence |"
+    head = "## Data\n\n| task | from (as `prepare_datasets.py` writes it) | licence of the set |"
     return "\n".join([head, "|---|---|---|", *rows]) + "\n"
 
 

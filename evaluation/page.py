@@ -106,8 +106,13 @@ def _readings(run: FinishedRun) -> str:
     )
 
 
+def counts(value) -> bool:
+    return isinstance(value, dict) and all(map(count, value.values()))
+
+
 def _routing(run: FinishedRun) -> str:
-    lines = _optional(run, "seq_router.jsonl", {"stage": text, "eval_task": text})
+    kinds = {"stage": text, "eval_task": text, "answered_as": counts}
+    lines = _optional(run, "seq_router.jsonl", kinds)
     tasks = run.summary["tasks"]
     last = [line for line in lines if line["stage"] == lines[-1]["stage"]]
     rows = [

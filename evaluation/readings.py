@@ -111,6 +111,10 @@ class Stage:
             return order
         return order[: order.index(self.name) + 1] if self.name in order else []
 
+    def folder_of(self, task: str) -> Path:
+        """The checkpoint that `task` left when it was learned."""
+        return Path(self.cfg.save_dir) / f"seq_{task}"
+
     def take_up(self, folder: Path) -> None:
         """Takes up the branches and the router of a checkpoint on the same base model.
 
@@ -179,7 +183,7 @@ def read_as(stage: Stage, reading: str, source: str):
         if own:
             stack.enter_context(branches_restored(model))
             try:
-                load_adapter(model, Path(stage.cfg.save_dir) / f"seq_{source}", own)
+                load_adapter(model, stage.folder_of(source), own)
             except ValueError as error:
                 raise UserError(f"--branches {reading}: {error}") from error
         for branch in off:

@@ -1,8 +1,8 @@
 """A stage checkpoint at an address of this machine, as OpenAI's clients ask for chat completions.
 
 The model's name in a request is the reading: `routed`, `latest`, `slow`, `own:TASK`, `fast:TASK`;
-the answer's says whose branches gave it. Replies are greedy and come whole. One prompt is answered
-at a time, so that the branches of two are never mixed.
+the answer's says whose branches gave it. Replies are greedy and come whole, as one piece where a
+client wants a stream. One prompt is answered at a time, so the branches of two are never mixed.
 """
 
 import asyncio
@@ -15,19 +15,24 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from configs.command_line import UserError
+from configs.ending import is_out_of_memory
 from evaluation.generate import continue_prompt, prompt_samples
 from evaluation.readings import READINGS, Stage, read_as, sources_of
+from models.reading import parse_json
 from tasks.own import OwnFile
 from tasks.source import Drop
 
 MOST_BYTES = 2**20
 # What a client may say beside these is about sampling, tools or formats: refused, not ignored.
-KNOWN = {"model", "messages", "max_tokens", "max_completion_tokens", "stream", "n", "user"}
-GREEDY = {"temperature": (0,), "top_p": (1,), "n": (1,), "stream": (False,)}
+KNOWN = {"model", "messages", "max_tokens", "max_completion_tokens", "stream", "user", "seed"}
+KNOWN |= {"stream_options"}
+GREEDY = {"temperature": 0, "top_p": 1, "n": 1, "frequency_penalty": 0, "presence_penalty": 0}
 
 
 def names_of(stage: Stage) -> list[str]:
@@ -35,10 +40,13 @@ def names_of(stage: Stage) -> list[str]:
     names = []
     for reading in stage.readings:
         of_reading = READINGS[reading]
+        # Where the checkpoints of the other tasks are not there it is told by what is missing.
+        here = [task for task in stage.seen if stage.folder_of(task).is_dir()]
         if of_reading.is_routed:
-            names = [reading, *names] if stage.router.tasks else names
+            can_route = stage.router.tasks and here == stage.seen
+            names = [reading, *names] if can_route else names
         elif of_reading.own:
-            names += [f"{reading}:{task}" for task in stage.seen]
+            names += [f"{reading}:{task}" for task in here]
         else:
             names.append(reading)
     return names
@@ -59,16 +67,17 @@ def _checked(stage: Stage, asked, most: int) -> tuple[str, str, list[int], int]:
     """(reading, task whose branches it takes, ids of the prompt, new tokens at most)."""
     if not isinstance(asked, dict):
         raise HTTPException(400, "the body is no JSON object")
+    asked = {name: value for name, value in asked.items() if value is not None}
     if unknown := sorted(asked.keys() - KNOWN - GREEDY.keys()):
         raise HTTPException(400, f"not known here: {', '.join(unknown)}")
     for name, allowed in GREEDY.items():
-        if asked.get(name) not in (None, *allowed):
-            raise HTTPException(400, f"{name}: replies are greedy, one and whole; leave it out")
+        if asked.get(name, allowed) != allowed:
+            raise HTTPException(400, f"{name}: replies are greedy, one at a time; leave it out")
     names = names_of(stage)
     name = asked.get("model") or names[0]
     if name not in names:
         raise HTTPException(404, f"model: give one of {', '.join(names)}")
-    limit = asked.get("max_completion_tokens") or asked.get("max_tokens") or most
+    limit = asked.get("max_completion_tokens", asked.get("max_tokens", most))
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise HTTPException(400, "max_tokens: give a whole number from 1 on")
     template, room = stage.passes.template, stage.cfg.max_seq_len
@@ -107,11 +116,29 @@ def reply_to(stage: Stage, asked, most: int) -> dict:
     }
 
 
-def make_app(stage: Stage, most: int) -> Starlette:
-    """`most`: new tokens of a reply, whatever a request asks for."""
+def as_stream(reply: dict) -> Response:
+    """The reply as a stream of one piece."""
+    choice = reply["choices"][0]
+    common = {name: reply[name] for name in ("id", "created", "model")}
+    common["object"] = "chat.completion.chunk"
+    pieces = [
+        {**common, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+        for delta, reason in ((choice["message"], None), ({}, choice["finish_reason"]))
+    ]
+    lines = [*map(json.dumps, pieces), "[DONE]"]
+    text = "".join(f"data: {line}\n\n" for line in lines)
+    return Response(text, media_type="text/event-stream")
+
+
+def make_app(stage: Stage, most: int, host: str = "127.0.0.1") -> Starlette:
+    """`most`: new tokens of a reply, whatever a request asks for; `host`: where it listens."""
     one_at_a_time = asyncio.Lock()
+    is_here = host.startswith("127.") or host == "localhost"
+    hosts = [host, "127.0.0.1", "localhost"] if is_here else ["*"]
 
     async def completions(request):
+        if "origin" in request.headers:
+            raise HTTPException(403, "a page in a browser asks: this is for programs")
         parts, size = [], 0
         async for part in request.stream():
             size += len(part)
@@ -119,15 +146,22 @@ def make_app(stage: Stage, most: int) -> Starlette:
                 raise HTTPException(413, f"the body is larger than {MOST_BYTES} bytes")
             parts.append(part)
         try:
-            asked = json.loads(b"".join(parts))
-        except (ValueError, RecursionError):
-            raise HTTPException(400, "the body is no JSON") from None
+            asked = parse_json(b"".join(parts).decode(), "the body")
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
         async with one_at_a_time:
+            if await request.is_disconnected():
+                return Response(status_code=499)
             try:
-                return JSONResponse(await run_in_threadpool(reply_to, stage, asked, most))
+                reply = await run_in_threadpool(reply_to, stage, asked, most)
             except UserError as error:
                 # A checkpoint that is gone, say: nothing that the client could mend.
                 raise HTTPException(500, str(error)) from error
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise HTTPException(503, "the machine is out of memory") from error
+        return as_stream(reply) if asked.get("stream") else JSONResponse(reply)
 
     async def models(request):
         listed = [{"id": name, "object": "model", "owned_by": "local"} for name in names_of(stage)]
@@ -135,7 +169,7 @@ def make_app(stage: Stage, most: int) -> Starlette:
 
     async def refused(request, error):
         fault = {"message": error.detail, "type": "invalid_request_error", "code": None}
-        return JSONResponse({"error": fault}, error.status_code)
+        return JSONResponse({"error": fault}, error.status_code, error.headers)
 
     return Starlette(
         routes=[
@@ -143,6 +177,8 @@ def make_app(stage: Stage, most: int) -> Starlette:
             Route("/v1/models", models),
         ],
         exception_handlers={HTTPException: refused},
+        # A name that a foreign page has let lead here would be another one.
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
     )
 
 
@@ -159,5 +195,6 @@ def serve(stage: Stage, place: socket.socket, most: int) -> None:
     """Answers at `place` until it is told to stop."""
     host, port = place.getsockname()
     print(f"http://{host}:{port}/v1 answers as {', '.join(names_of(stage))}; Ctrl-C ends it")
-    config = uvicorn.Config(make_app(stage, most), log_level="warning")
+    app = make_app(stage, most, host)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[place])

@@ -105,7 +105,7 @@ def parse_config(argv, *more_types, description: str, every_method: bool = False
     if in_file:
         plain = run_config(base, *methods.values())
         in_file = check_fields(name, in_file, [plain, *more_types])
-        if problems := _of_others(in_file, plain, of_file, users):
+        if problems := _of_others(in_file, plain, {of_file, own}, users):
             raise UserError("\n".join(f"--config {name}: {problem}" for problem in problems))
         base = with_defaults(base, in_file)
         more_types = [_with_defaults(kind, base) for kind in more_types]
@@ -139,14 +139,15 @@ def _users(methods: dict[str, type[Method]]) -> dict[str, list[str]]:
     return users
 
 
-def _of_others(values: dict, kind: type, own: str, users: dict[str, list[str]]) -> list[str]:
-    """A line for each of `values` that is not its default in `kind`, and a knob not of `own`."""
+def _of_others(values: dict, kind: type, own: set[str], users: dict[str, list[str]]) -> list[str]:
+    """A line for each of `values` that is not its default in `kind`, and no knob of `own`."""
+    mine = " or ".join(sorted(own))
     return [
-        f"--{name} belongs to --method {', '.join(users[name])}, and this run's is {own}: leave it "
-        "out, or choose one of them"
+        f"--{name} belongs to --method {', '.join(users[name])}, and this run's is {mine}: leave "
+        "it out, or choose one of them"
         for name in users
         if name in values
-        and own not in users[name]
+        and own.isdisjoint(users[name])
         and values[name] != default_of(_fields(kind)[name])
     ]
 
@@ -157,7 +158,7 @@ def _chosen(given, kind: type, own: str, users: dict[str, list[str]]):
     `users` tells which methods each knob belongs to: those that are not this one's must have their
     defaults. Raises `UserError` with all that is wrong.
     """
-    problems = _of_others(vars(given), type(given), own, users)
+    problems = _of_others(vars(given), type(given), {own}, users)
     try:
         cfg = kind(**{name: getattr(given, name) for name in _fields(kind)})
     except UserError as error:

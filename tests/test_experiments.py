@@ -108,6 +108,15 @@ def test_what_is_missing_is_run_and_the_rest_left_alone(flags, tmp_path, capfd, 
     assert len(started) == 3
 
 
+def test_a_finished_run_with_more_settings_is_another_one(flags, capsys):
+    argv = [*flags(max_steps_per_task=1, task_order=["T2_math"]), "--methods", "seq_lora"]
+    (run,) = planned(argv)
+    assert train_slsd_seq.main([*run.argv, "--use_rslora", "true"]) == 0
+    assert [run.cfg.use_rslora for run in planned([*argv, "--use_rslora", "true"])] == [True]
+    with pytest.raises(UserError, match="holds another run .use_rslora True -> None"):
+        planned(argv)
+
+
 def test_an_interrupt_ends_all(flags, capsys, monkeypatch):
     monkeypatch.setattr(run_experiments, "run_side_by_side", lambda *_: ({}, signal.SIGINT))
     assert run_experiments.main([*flags(), "--methods", "seq_lora", "replay"]) == 130

@@ -1,5 +1,7 @@
 """What is exported answers as the reading does, in stock PEFT and as a plain model."""
 
+import shutil
+
 import pytest
 import torch
 from helpers import errors
@@ -98,7 +100,7 @@ def test_a_reading_is_an_adapter_and_a_merged_model(run, tmp_path, model_folder,
         (["--reading", "latest:T1_general"], "give latest"),
         (["--reading", "routed"], "T2_math has latest, own:TASK, slow, fast:TASK, stage:TASK"),
         (["--reading", "every_task", "--merge", "true"], "--merge true makes one model"),
-        (["--merge", "true", "--quantization", "4bit"], "a base in 4bit cannot take"),
+        (["--merge", "true", "--quantization", "4bit"], "a base in 4bit is quantised"),
         (["--checkpoint", "base"], "it has no branches"),
         (["--checkpoint", "nowhere"], "nowhere is no stage checkpoint"),
     ],
@@ -114,3 +116,23 @@ def test_a_folder_that_is_there_is_left_alone(run, tmp_path, capsys):
     assert export(run, tmp_path) == 2
     assert "is there already" in errors(capsys)[0]
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_base_that_is_quantised_by_itself_takes_nothing_up(run, tmp_path, capsys, monkeypatch):
+    def quantised(*args):
+        stage = open_stage(*args)
+        stage.passes.model.config.quantization_config = {"load_in_8bit": True}
+        return stage
+
+    monkeypatch.setattr(export_checkpoint, "open_stage", quantised)
+    assert export(run, tmp_path / "out", "--merge", "true") == 2
+    assert "is quantised; export the adapter" in errors(capsys)[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_whose_checkpoint_is_gone_is_told_before_anything_is_written(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    shutil.rmtree(folder / f"seq_{TASKS[0]}")
+    assert export((folder, run[1]), tmp_path / "out", "--reading", "every_task") == 2
+    assert f"seq_{TASKS[0]} is missing" in errors(capsys)[0] and not (tmp_path / "out").exists()

@@ -8,6 +8,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from configs.command_line import UserError, is_first
 
+# The last two are how an upload says that a part of it failed, and that a folder is gone.
+FAULTS = (OSError, HTTPError, RuntimeError, ValueError)
+
 
 def check_hub(cfg) -> None:
     """Raises `UserError` where --push_to_hub cannot work: at the start, not after days."""
@@ -24,6 +27,25 @@ def check_hub(cfg) -> None:
         raise UserError(f"--push_to_hub {name}: log in first, with `hf auth login`")
 
 
+def check_new(cfg) -> None:
+    """Raises `UserError` where the repository of a run that begins is there already."""
+    if not cfg.push_to_hub or not is_first() or cfg.overwrite:
+        return
+    try:
+        is_there = HfApi().repo_exists(cfg.push_to_hub)
+    except FAULTS as error:
+        raise UserError(f"--push_to_hub {cfg.push_to_hub}: {_one_line(error)}") from error
+    if is_there:
+        raise UserError(
+            f"--push_to_hub {cfg.push_to_hub} is there already: give another name, or --overwrite "
+            "true to write over it"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def push_checkpoints(cfg, names: list[str]) -> None:
     """Uploads the checkpoints `names`, each in a folder, and the last as the repository itself.
 
@@ -38,9 +60,9 @@ def push_checkpoints(cfg, names: list[str]) -> None:
         for place, checkpoint in [*zip(names, names, strict=True), (None, names[-1])]:
             folder = Path(cfg.save_dir) / checkpoint
             api.upload_folder(repo_id=name, folder_path=folder, path_in_repo=place)
-    except (OSError, HTTPError) as error:
-        reason = " ".join(str(error).split())
+    except FAULTS as error:
         raise UserError(
-            f"--push_to_hub {name}: {reason}; all is saved here, and the same command tries again"
+            f"--push_to_hub {name}: {_one_line(error)}; all is saved here, and the same command "
+            "tries again"
         ) from error
     print(f"uploaded {len(names)} checkpoints to https://huggingface.co/{name}")

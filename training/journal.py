@@ -112,8 +112,10 @@ class Journal:
 
     def renew_card(self, name: str, card: str) -> None:
         """Replaces the card of the checkpoint `name`, when more is known of it."""
-        if is_first():
-            with atomic_file(Path(self.cfg.save_dir) / name / CARD) as file:
+        folder = Path(self.cfg.save_dir) / name
+        # It may have been taken away.
+        if is_first() and folder.is_dir():
+            with atomic_file(folder / CARD) as file:
                 file.write(card)
 
     def attach(self, name: str, thing):

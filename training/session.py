@@ -21,7 +21,7 @@ from training.base_model import (
     skeleton,
 )
 from training.device import model_dtype, select_device
-from training.hub import check_hub
+from training.hub import check_hub, check_new
 from training.identity import check_identity, describe_base, run_identity
 from training.journal import Journal
 from training.outputs import (
@@ -120,9 +120,11 @@ def _checked(cfg, run_name: str, tasks: list[str], state: RunState) -> tuple:
     all_succeed([partial(check_identity, state.folder, known, first, identity)])
     if saved and saved[0]["position"].get("finished"):
         all_succeed([partial(check_finished, cfg, run_name, saved[0])] if is_first() else [])
+        later = "; `hf upload` uploads what is there" if cfg.push_to_hub else ""
         raise NothingToDo(
-            f"this run is finished: see {cfg.log_dir}; --overwrite true does it again"
+            f"this run is finished: see {cfg.log_dir}; --overwrite true does it again{later}"
         )
+    all_succeed([partial(check_new, cfg)] if not saved else [])
     return model_config, device, dict(zip(tasks, rows, strict=True)), about_base, identity, saved
 
 

@@ -92,8 +92,15 @@ class Trackers:
         }
         for kind in cfg.trackers:
             make, project, more = options[kind]
-            tracker = make(project, **more)
-            tracker.start()
+            try:
+                tracker = make(project, **more)
+                tracker.start()
+            except Exception as error:
+                # Whatever a library that others wrote finds wrong.
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UserError(
+                    f"--report_to {kind}: it does not start ({reason}); mend that, or leave it out"
+                ) from error
             self._trackers.append(tracker)
             # TensorBoard has it from before; trackio would forget it.
             if is_new or kind != "tensorboard":

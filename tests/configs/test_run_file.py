@@ -127,12 +127,28 @@ def test_what_is_wrong_with_a_run_file_is_a_line_each(tmp_path, text, messages):
         assert line.startswith(f"--config {path}: {message}")
 
 
-@pytest.mark.parametrize("given", [b"base: nowhere", b"method: nothing", b"lora_r: 0"])
-def test_impossible_values_of_a_run_file_are_told_as_those_of_flags(tmp_path, given):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("base: nowhere", "there is no such file"),
+        ("method: nothing", "--method nothing"),
+        ("lora_r: 0", "lora_r is 0"),
+        ("seed: 1\nlora_r: 3\nseed: 2", "seed is given twice"),
+    ],
+)
+def test_impossible_values_of_a_run_file_are_told_as_those_of_flags(tmp_path, given, said):
     path = tmp_path / "mine.yaml"
-    path.write_bytes(given)
-    with pytest.raises(UserError, match="there is no such file|--method nothing|lora_r is 0"):
+    path.write_text(given)
+    with pytest.raises(UserError, match=said):
         parse(path)
+
+
+def test_a_method_on_the_command_line_wins_over_that_of_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: smollm2\nmemory_per_task: 8\n")
+    assert parse(path, "--method", "replay").memory_per_task == 8
+    with pytest.raises(UserError, match="this run's is ds_lora or seq_lora"):
+        parse(path, "--method", "seq_lora")
 
 
 def test_many_runs_go_on_from_a_run_file(tmp_path):

@@ -61,6 +61,15 @@ def test_several_runs_are_compared_and_one_without_more_logs_has_less(tmp_path):
     assert page.count(">Answers<") == 2 and "just learned" in page
 
 
+def test_a_damaged_log_is_one_line(tmp_path, capsys):
+    run = write_logged(tmp_path / "seq_lora")
+    for answered in ({}, {"answered_as": ["A"]}):
+        line = {"stage": "B", "eval_task": "A", **answered}
+        (tmp_path / "seq_lora" / "seq_router.jsonl").write_text(json.dumps(line) + "\n")
+        assert plot_loss.main(["report", run, "--log_dir", str(tmp_path)]) == 2
+        assert "answered_as" in errors(capsys)[0]
+
+
 def test_a_run_that_is_not_finished_has_no_page(tmp_path, capsys):
     assert plot_loss.main(["report", "--log_dir", str(tmp_path)]) == 2
     assert "is the run of that folder finished?" in errors(capsys)[0]

@@ -2,6 +2,8 @@
 
 import builtins
 import contextlib
+import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +12,12 @@ import httpx2
 import huggingface_hub.constants
 import pytest
 import uvicorn
-from helpers import errors
+from helpers import errors, fail_at
 from huggingface_hub import InferenceClient
 
 import chat
 import train_slsd_seq
+from evaluation import server
 from evaluation.generate import answer
 from evaluation.readings import open_stage
 from evaluation.server import MOST_BYTES, listening, make_app, names_of
@@ -35,15 +38,15 @@ def stage(flags, make_config, tmp_path):
 def served(stage):
     """The address at which `stage` answers within the block."""
     with listening("127.0.0.1", 0) as place:
-        server = uvicorn.Server(uvicorn.Config(make_app(stage, 8), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
+        runs = uvicorn.Server(uvicorn.Config(make_app(stage, 8), log_level="warning"))
+        thread = threading.Thread(target=runs.run, kwargs={"sockets": [place]})
         thread.start()
         try:
-            while not server.started:
+            while not runs.started:
                 time.sleep(0.01)
             yield "http://{}:{}/v1".format(*place.getsockname())
         finally:
-            server.should_exit = True
+            runs.should_exit = True
             thread.join()
 
 
@@ -81,7 +84,7 @@ USER = [{"role": "user", "content": "hello"}]
 
 REFUSALS = [
     (b"{", 400, "no JSON"),
-    (b"[" * 100_000, 400, "no JSON"),
+    (b"[" * 100_000, 400, "nested too deeply"),
     (b'"' + b"x" * MOST_BYTES + b'"', 413, "larger than"),
     ([], 400, "no JSON object"),
     ({}, 400, "messages: give a list"),
@@ -92,14 +95,63 @@ REFUSALS = [
     ({"messages": USER, "model": 3}, 404, "give one of routed, latest"),
     ({"messages": USER, "model": ["own"]}, 404, "give one of routed, latest"),
     ({"messages": USER, "temperature": 0.7}, 400, "temperature: replies are greedy"),
-    ({"messages": USER, "stream": True}, 400, "stream: replies are greedy"),
+    ({"messages": USER, "n": 2}, 400, "n: replies are greedy"),
+    ({"messages": USER, "max_tokens": 0}, 400, "max_tokens"),
+    (b'{"messages": [{"role": "user", "content": "a\\ud800b"}]}', 400, "half a surrogate"),
+    (b'{"messages": [], "\\ud800": 1}', 400, "half a surrogate"),
     ({"messages": USER, "max_tokens": -1}, 400, "max_tokens"),
     ({"messages": USER, "tools": []}, 400, "not known here: tools"),
 ]
 
 
-def test_what_cannot_be_answered_is_a_clear_refusal(stage):
+def test_a_stream_is_one_piece_and_who_has_left_is_not_answered(stage, monkeypatch):
+    asked = {"messages": [{"role": "user", "content": PROMPT}], "model": "latest"}
     with served(stage) as address:
+        whole = httpx2.post(f"{address}/chat/completions", json=asked).json()
+        client = httpx2.post(f"{address}/chat/completions", json=asked | {"stream": True})
+        *pieces, last = client.text.strip().split("\n\n")
+        first, end = (json.loads(piece.removeprefix("data: ")) for piece in pieces)
+        assert last == "data: [DONE]" and end["choices"][0]["finish_reason"]
+        assert first["choices"][0]["delta"] == whole["choices"][0]["message"]
+        # Two wait behind one that takes long, and have left when it is their turn.
+        answered, reply_to = [], server.reply_to
+
+        def slowly(*args):
+            answered.append(1)
+            time.sleep(1)
+            return reply_to(*args)
+
+        monkeypatch.setattr(server, "reply_to", slowly)
+
+        def ask_and_leave(seconds):
+            with contextlib.suppress(httpx2.TimeoutException):
+                httpx2.post(f"{address}/chat/completions", json=asked, timeout=seconds)
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(ask_and_leave, [5, 0.3, 0.3]))
+        assert len(answered) <= 2
+    # The checkpoint of a task is gone.
+    shutil.rmtree(stage.folder_of("T1_general"))
+    assert names_of(stage)[0] == "latest" and "own:T1_general" not in names_of(stage)
+
+
+def test_what_cannot_be_answered_is_a_clear_refusal(stage, monkeypatch):
+    with served(stage) as address:
+        chat_at = f"{address}/chat/completions"
+        asked = {"messages": USER, "temperature": 0, "stop": None, "seed": 3}
+        assert httpx2.post(chat_at, json=asked).status_code == 200
+        # A page in a browser, of this machine or by a name that leads here.
+        headers = {"origin": "http://127.0.0.1:8000"}
+        assert httpx2.post(chat_at, json=asked, headers=headers).status_code == 403
+        for path in ("chat/completions", "models"):
+            reply = httpx2.get(f"{address}/{path}", headers={"host": "evil.example"})
+            assert reply.status_code == 400
+        reply = httpx2.get(chat_at)
+        assert reply.status_code == 405 and "POST" in reply.headers["allow"]
+        with monkeypatch.context() as patch:
+            fault = RuntimeError("CUDA out of memory")
+            fail_at(patch, server, "continue_prompt", 0, fault)
+            assert httpx2.post(chat_at, json=asked).status_code == 503
         for body, status, said in REFUSALS:
             content = {"content": body} if isinstance(body, bytes) else {"json": body}
             reply = httpx2.post(f"{address}/chat/completions", **content)
