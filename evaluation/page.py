@@ -179,7 +179,9 @@ def write_page(path: Path, runs: dict[str, tuple[FinishedRun, list[str]]], compa
     """Writes the page of `runs`, name -> (run, its pictures), below what compares them."""
     parts = [compared]
     for name, (run, pictures) in runs.items():
-        parts += [f"<h2>{escaped(name)}</h2>", *pictures]
+        # One alone is named by the title.
+        parts += [f"<h2>{escaped(name)}</h2>"] if len(runs) > 1 else []
+        parts += pictures
         for title, tell in SECTIONS.items():
             if told := tell(run):
                 parts.append(f"<h3>{title}</h3>{told}")
