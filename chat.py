@@ -9,7 +9,6 @@ With --serve PORT it answers OpenAI's clients instead.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from configs.command_line import Knobs, UserError, knob, num_processes
 from configs.ending import command_line, printable
@@ -75,7 +74,7 @@ def obey(stage: Stage, line: str, reading: str, source: str) -> tuple[str, str]:
     """The reading after the command `line`, and the task whose branches it takes ("" for none)."""
     command, _, task = line[1:].partition(" ")
     if command == "stage":
-        stage.take_up(Path(stage.cfg.save_dir) / f"seq_{task}")
+        stage.take_up(stage.folder_of(task))
         return reading, source
     if command not in stage.readings:
         names = ", ".join("/" + name for name in stage.readings)

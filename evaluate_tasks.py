@@ -159,7 +159,7 @@ def check(stage: Stage, wanted: Evaluation, all_questions: list[Questions]) -> N
         if stage.name not in stage.seen or not stage.seen[:-1]:
             problems.append(f"--recovery: no task was learned before {stage.name}")
     for name, tasks in needed.items():
-        missing = [task for task in tasks if not (Path(cfg.save_dir) / f"seq_{task}").is_dir()]
+        missing = [task for task in tasks if not stage.folder_of(task).is_dir()]
         if missing:
             problems.append(
                 f"{name} needs the checkpoints of {', '.join(missing)} in {cfg.save_dir}"

@@ -13,6 +13,11 @@ from configs.command_line import NothingToDo, Stopped, UserError, is_first
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, or of what kind it is."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def printable(text: str) -> str:
     """`text` with a space for each character that would steer a terminal; lines and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)

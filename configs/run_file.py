@@ -10,6 +10,7 @@ from typing import get_type_hints
 import yaml
 
 from configs.command_line import Knobs, UserError, as_flags, config_class, wrong_type
+from configs.ending import one_line
 
 # Of the machine and not of the experiment.
 ONLY_GIVEN = ("runs", "jobs", "part")
@@ -34,8 +35,7 @@ def _read(option: str, path: str):
     try:
         return parse(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{option} {path}: it cannot be read ({reason})") from None
+        raise UserError(f"{option} {path}: it cannot be read ({one_line(error)})") from None
 
 
 def read_config(name: str) -> tuple[type[Knobs], dict]:

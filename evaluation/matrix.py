@@ -280,6 +280,11 @@ def format_costs(stages: dict[str, dict]) -> str:
     return "\n".join([*lines, *_table("stage", rows, columns, ",.1f")])
 
 
+def with_interval(line: dict) -> str:
+    """Of a line of the scores the score and its 95 % interval."""
+    return f"{line['score']:.1f} [{line['low']:.1f}, {line['high']:.1f}]"
+
+
 def format_scores(scores: list[dict]) -> str:
     """Scores by task, metric and reading as aligned text.
 
@@ -289,10 +294,7 @@ def format_scores(scores: list[dict]) -> str:
         return "no score applies to any of the answers"
     readings = list(dict.fromkeys(line["branches"] for line in scores))
     cells = {
-        (line["task"], line["metric"], line["branches"]): (
-            f"{line['score']:.1f} [{line['low']:.1f}, {line['high']:.1f}]"
-        )
-        for line in scores
+        (line["task"], line["metric"], line["branches"]): (with_interval(line)) for line in scores
     }
     names = {}
     for line in scores:

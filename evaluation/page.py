@@ -11,7 +11,7 @@ from pathlib import Path
 from configs.ending import printable
 from evaluation.finished import FinishedRun
 from evaluation.logs import count, number, read_log, text
-from evaluation.matrix import LOSS_SUMMARY
+from evaluation.matrix import LOSS_SUMMARY, with_interval
 
 STYLE = """
 :root { color-scheme: light; }
@@ -130,8 +130,7 @@ def _scores(run: FinishedRun) -> str:
     rows: dict[tuple, list] = {}
     for line in lines:
         row = rows.setdefault((line["task"], line["metric"]), [None] * len(readings))
-        told = f"{line['score']:.1f} [{line['low']:.1f}, {line['high']:.1f}]"
-        row[readings.index(line["branches"])] = told
+        row[readings.index(line["branches"])] = with_interval(line)
     note = "<p class='note'>0 to 100, higher is better, with 95 % intervals</p>"
     cells = [[f"{task} {metric}", *row] for (task, metric), row in rows.items()]
     return rows and note + table(["task and metric", *readings], cells)

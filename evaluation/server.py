@@ -38,10 +38,10 @@ GREEDY = {"temperature": 0, "top_p": 1, "n": 1, "frequency_penalty": 0, "presenc
 def names_of(stage: Stage) -> list[str]:
     """What a request may give as "model", the default first."""
     names = []
+    # Checkpoints of the other tasks may have been left elsewhere.
+    here = [task for task in stage.seen if stage.folder_of(task).is_dir()]
     for reading in stage.readings:
         of_reading = READINGS[reading]
-        # Where the checkpoints of the other tasks are not there it is told by what is missing.
-        here = [task for task in stage.seen if stage.folder_of(task).is_dir()]
         if of_reading.is_routed:
             can_route = stage.router.tasks and here == stage.seen
             names = [reading, *names] if can_route else names

@@ -72,9 +72,9 @@ def ingredients(stage: Stage, wanted, all_questions: list[Questions]) -> dict:
         wanted: the options of the evaluation, a dataclass.
     """
     cfg = stage.cfg
-    checkpoints = [Path(cfg.save_dir) / f"seq_{task}" for task in dict.fromkeys(stage.seen)]
+    checkpoints = [stage.folder_of(task) for task in dict.fromkeys(stage.seen)]
     if stage.name != BASE:
-        checkpoints.append(Path(cfg.save_dir) / f"seq_{stage.name}")
+        checkpoints.append(stage.folder_of(stage.name))
     hashes = {
         f"{folder.name}/{path.name}": file_sha256(path)
         for folder in dict.fromkeys(checkpoints)

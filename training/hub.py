@@ -7,6 +7,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from configs.command_line import UserError, is_first
+from configs.ending import one_line
 
 # The last two are how an upload says that a part of it failed, and that a folder is gone.
 FAULTS = (OSError, HTTPError, RuntimeError, ValueError)
@@ -34,16 +35,12 @@ def check_new(cfg) -> None:
     try:
         is_there = HfApi().repo_exists(cfg.push_to_hub)
     except FAULTS as error:
-        raise UserError(f"--push_to_hub {cfg.push_to_hub}: {_one_line(error)}") from error
+        raise UserError(f"--push_to_hub {cfg.push_to_hub}: {one_line(error)}") from error
     if is_there:
         raise UserError(
             f"--push_to_hub {cfg.push_to_hub} is there already: give another name, or --overwrite "
             "true to write over it"
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def push_checkpoints(cfg, names: list[str]) -> None:
@@ -62,7 +59,7 @@ def push_checkpoints(cfg, names: list[str]) -> None:
             api.upload_folder(repo_id=name, folder_path=folder, path_in_repo=place)
     except FAULTS as error:
         raise UserError(
-            f"--push_to_hub {name}: {_one_line(error)}; all is saved here, and the same command "
+            f"--push_to_hub {name}: {one_line(error)}; all is saved here, and the same command "
             "tries again"
         ) from error
     print(f"uploaded {len(names)} checkpoints to https://huggingface.co/{name}")

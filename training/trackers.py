@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from configs.command_line import UserError, is_first
+from configs.ending import one_line
 
 PROJECT = "ds-lora-slsd"
 
@@ -97,9 +98,9 @@ class Trackers:
                 tracker.start()
             except Exception as error:
                 # Whatever a library that others wrote finds wrong.
-                reason = " ".join(str(error).split()) or type(error).__name__
                 raise UserError(
-                    f"--report_to {kind}: it does not start ({reason}); mend that, or leave it out"
+                    f"--report_to {kind}: it does not start ({one_line(error)}); mend that, or "
+                    "leave it out"
                 ) from error
             self._trackers.append(tracker)
             # TensorBoard has it from before; trackio would forget it.
