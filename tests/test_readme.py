@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, Killed, fail_at, outcome, read
 
 import chat
 import evaluate_tasks
@@ -14,6 +14,7 @@ import prepare_datasets
 import run_experiments
 import train_single_task
 import train_slsd_seq
+from training.loop import TaskTraining
 
 MAINS = {
     f"{script.__name__}.py": script.main
@@ -76,3 +77,29 @@ def test_every_command_of_the_readme_is_understood(command, capsys):
     assert end.value.code == 0
     told = capsys.readouterr().out
     assert all(re.search(rf"{option}\b", told) for option in options)
+
+
+def test_the_method_of_the_readme_goes_on_inside_a_task(flags, tmp_path, monkeypatch):
+    """Killed between two steps of the second task, it leaves what it leaves in one go."""
+    (block,) = [text for text in blocks("README.md", "python") if "(Method):" in text]
+    (tmp_path / "my_method.py").write_text(block, encoding="utf-8")
+    common = {
+        "method": str(tmp_path / "my_method.py"),
+        "pull": 0.5,
+        "lr_lora": 5e-3,
+        "save_steps": 1,
+    }
+    common |= {"task_order": ["T1_general", "T2_math"], "max_steps_per_task": 3}
+
+    def argv(name):
+        return flags(**common, log_dir=tmp_path / name, save_dir=tmp_path / name)
+
+    assert train_slsd_seq.main(argv("whole")) == 0
+    with monkeypatch.context() as patch:
+        # The last of the six.
+        fail_at(patch, TaskTraining, "_step", 5)
+        with pytest.raises(Killed):
+            train_slsd_seq.main(argv("cut"))
+    assert read(tmp_path / "cut" / "seq_train_loss.jsonl")[-1]["stage"] == "T2_math"
+    assert train_slsd_seq.main(argv("cut")) == 0
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
