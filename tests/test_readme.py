@@ -14,6 +14,8 @@ import prepare_datasets
 import run_experiments
 import train_single_task
 import train_slsd_seq
+from configs.base_config import TASKS
+from methods import METHODS
 from training.loop import TaskTraining
 
 MAINS = {
@@ -103,3 +105,26 @@ def test_the_method_of_the_readme_goes_on_inside_a_task(flags, tmp_path, monkeyp
     assert read(tmp_path / "cut" / "seq_train_loss.jsonl")[-1]["stage"] == "T2_math"
     assert train_slsd_seq.main(argv("cut")) == 0
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_every_file_of_the_code_is_named(name):
+    """But for the methods and the tasks, which are one file each, found by its name."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not [script.name for script in ROOT.glob("*.py") if f"`{script.name}`" not in text]
+    rows = dict(re.findall(r"^\| `(\w+)/` \| (.*) \|$", text, re.M))
+    by_name = {"methods": {*METHODS}, "tasks": {task.partition("_")[2] for task in TASKS}}
+    folders = [path.parent for path in ROOT.glob("[!.]*/__init__.py")]
+    assert len(folders) >= 6
+    for folder in folders:
+        there = {path.stem for path in folder.glob("[!_]*.py")} - by_name.get(folder.name, set())
+        assert set(re.findall(r"(\w+)\.py", rows[folder.name])) == there
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("README.md", "all {}"), ("README.zh-CN.md", "全部 {} 种")]
+)
+def test_all_that_a_table_may_compare_is_named_and_counted(name, count):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not [variant for variant in run_experiments.VARIANTS if f"`{variant}`" not in text]
+    assert count.format(len(run_experiments.VARIANTS)) in text
