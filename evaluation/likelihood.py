@@ -116,11 +116,13 @@ def prefer(stage: Stage, reading: str, questions: Questions) -> list[dict]:
     By the mean log-likelihood of a token. As a line of the scores; none without such pairs.
     """
     rows = [row for row in questions.rows if row.get(REJECTED)]
-    length, tokenizer = stage.cfg.max_seq_len, stage.passes.tokenizer
-    pairs = [
-        [InstructionDataset([{**row, "output": row[key]}], tokenizer, length) for row in rows]
-        for key in ("output", REJECTED)
-    ]
+    passes, length = stage.passes, stage.cfg.max_seq_len
+
+    def sample(row: dict, key: str) -> InstructionDataset:
+        whole = [{**row, "output": row[key]}]
+        return InstructionDataset(whole, passes.tokenizer, length, passes.template.kind)
+
+    pairs = [[sample(row, key) for row in rows] for key in ("output", REJECTED)]
     # One that has no room for a reply is in no pair.
     whole = [i for i in range(len(rows)) if all(len(of_key[i]) for of_key in pairs)]
     if not whole:
@@ -130,8 +132,7 @@ def prefer(stage: Stage, reading: str, questions: Questions) -> list[dict]:
     for source, of_source in sources_of(stage, reading, questions.task, chosen).items():
         with read_as(stage, reading, source):
             better, worse = (
-                sample_losses(stage.passes, Subset(samples, of_source))
-                for samples in (chosen, rejected)
+                sample_losses(passes, Subset(samples, of_source)) for samples in (chosen, rejected)
             )
         correct.update(zip(of_source, (better < worse).tolist(), strict=True))
     return [_line(stage, reading, questions, PREFERRED, list(correct.values()))]

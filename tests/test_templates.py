@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import errors, inject, make_journal, make_model, make_rows, read
+from helpers import errors, inject, make_journal, make_model, make_rows, mean_loss, read
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
@@ -10,10 +10,13 @@ import chat
 import evaluate_tasks
 import train_slsd_seq
 from configs.command_line import UserError
+from evaluation import likelihood
 from evaluation.generate import generate, greedy, left_padded, prompt_ids
-from evaluation.readings import open_stage
+from evaluation.questions import held_out_questions
+from evaluation.readings import BASE, LATEST, Stage, open_stage
 from models.forward import IGNORE
 from tasks.prompt import PromptTemplate, prompt_text
+from training.passes import Passes, StopSignals
 from utils_data import InstructionDataset
 
 CHATML = (
@@ -267,3 +270,29 @@ def test_a_run_records_its_template_and_what_reads_it_follows(
     (answer,) = served(message, generation_config=settings)
     ours = generate(stage.passes, prompt_ids(stage.passes.template, [ROW], 128), 3)
     assert answer["generated_text"][-1]["content"].strip() == ours[0]
+
+
+@pytest.mark.parametrize("template", ["inst", "plain", "chat"])
+def test_a_better_and_a_worse_reply_are_read_in_the_runs_own_template(
+    make_config, monkeypatch, template
+):
+    """The better one from what was kept of the same held-out sample."""
+    tokenizer = make_tokenizer("chatml")
+    model = inject(make_model(vocab_size=len(tokenizer)))
+    cfg = make_config(prompt_template=template, max_seq_len=128)
+    passes = Passes(cfg, model, tokenizer, torch.device("cpu"), StopSignals())
+    rows = [{**row, "rejected": f"{row['output']} never"} for row in make_rows("T5_safety", 6)]
+    worse = [{**row, "output": row["rejected"]} for row in rows]
+    samples = [InstructionDataset(x, tokenizer, 128, template) for x in (rows, worse)]
+    passes.keep_prefix(samples[0], "frozen layers")
+    assert samples[0][0]["id"] in passes.prefix
+    losses, original = [], likelihood.sample_losses
+    monkeypatch.setattr(
+        likelihood, "sample_losses", lambda *args: losses.append(original(*args)) or losses[-1]
+    )
+    questions = held_out_questions(cfg, "T5_safety", rows, [])
+    (line,) = likelihood.prefer(Stage(BASE, cfg, passes, {}), LATEST, questions)
+    assert line["n"] == len(rows)
+    for found, of_reply in zip(losses, samples, strict=True):
+        expected = [mean_loss(model, [sample]).item() for sample in of_reply]
+        assert found.tolist() == pytest.approx(expected, rel=1e-4)
