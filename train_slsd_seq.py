@@ -10,6 +10,8 @@ import time
 from functools import reduce
 from pathlib import Path
 
+import torch
+
 from configs.command_line import num_processes
 from configs.ending import command_line
 from evaluation.report import SequenceReport
@@ -82,6 +84,7 @@ def costs_of_stage(cfg, session: Session, stage: str, method: Method) -> dict:
     All that the stage read counts, also before its first step and after its last.
     """
     before, now = session.journal.position["read_before"], session.passes.samples_read
+    read = torch.tensor([now[kind] - before[kind] for kind in now], dtype=torch.float64)
     _, steps = count_steps(cfg, len(session.data[stage].train))
     kept = sum(tensor.nbytes for tensor in method.state().values())
     if kept:
@@ -89,7 +92,7 @@ def costs_of_stage(cfg, session: Session, stage: str, method: Method) -> dict:
     return {
         "samples_kept": method.num_kept,
         "bytes_kept": kept,
-        "samples_a_step": {kind: (now[kind] - before[kind]) / steps for kind in now},
+        "samples_a_step": dict(zip(now, (sum_over_processes(read) / steps).tolist(), strict=True)),
     }
 
 
@@ -98,7 +101,13 @@ def make_method(cfg, session: Session) -> Method:
     steps = (count_steps(cfg, len(session.data[task].train))[1] for task in cfg.task_order)
     passes = session.passes
     tools = Tools(
-        passes.model, passes.make, gather, sum_over_processes, num_processes(), max(steps)
+        passes.model,
+        passes.make,
+        gather,
+        sum_over_processes,
+        num_processes(),
+        max(steps),
+        passes.with_less_memory,
     )
     return find_method(cfg.method)(cfg, tools)
 
@@ -134,7 +143,7 @@ def train_one_task_with_slsd(
     passes.keep_prefix(others, "frozen layers, probes")
     options = {"method": method, "journal": session.journal, "stage": task}
     TaskTraining(cfg, passes, task, samples, log, **options).run()
-    passes.with_less_memory(lambda: method.end_task(task, samples, is_last))
+    method.end_task(task, samples, is_last)
     return len(others)
 
 
@@ -142,13 +151,16 @@ def begin_stage(
     session: Session, task: str, method: Method, previous: str | None, drift: Drift | None
 ) -> None:
     """What happens before a task's first step, and not again where the task is resumed."""
-    samples, with_less_memory = session.data[task].train, session.passes.with_less_memory
-    line = with_less_memory(lambda: method.read_task(task, samples, previous))
+    samples = session.data[task].train
+    line = method.read_task(task, samples, previous)
     if line:
         print(line, file=sys.stderr if line.startswith("warning") else sys.stdout)
     if drift and previous and method.probes:
-        name, probes = f"{task}/{previous}", method.probes
-        with_less_memory(lambda: drift.remember(name, probes))
+        name, probes, passes = f"{task}/{previous}", method.probes, session.passes
+        read = dict(passes.samples_read)
+        passes.with_less_memory(lambda: drift.remember(name, probes))
+        # A measurement, which is no part of what the method reads.
+        passes.samples_read = read
     method.begin_task(task, samples, previous)
 
 

@@ -48,7 +48,7 @@ class Anchor:
     def renew(self, task: str, samples) -> None:
         """After a task: adds its Fisher, and anchors the branches where they are now."""
         before = self.fisher or [torch.zeros_like(p) for p in self.params]
-        new = self.estimate(task, samples)
+        new = self.tools.with_less_memory(lambda: self.estimate(task, samples))
         self.fisher = [old + of_task for old, of_task in zip(before, new, strict=True)]
         self.values = [p.detach().clone() for p in self.params]
 

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from configs.command_line import Knobs, knob
@@ -72,8 +73,9 @@ class Folding:
         order = random.Random(f"{self.cfg.seed}/{task}/gram")
         chosen = [samples[i] for i in order.sample(range(len(samples)), size)]
         tools = self.tools
-        found = gram_matrices(self.model, tools.make_passes, chosen, tools.gather, tools.add_up)
-        self.consolidation.fold(*found)
+        read = partial(gram_matrices, self.model, tools.make_passes, chosen)
+        grams, owners = tools.with_less_memory(lambda: read(tools.gather, tools.add_up))
+        tools.with_less_memory(lambda: self.consolidation.fold(grams, owners))
 
     def state(self) -> dict:
         """Its part of a method's state; `restore` finds it there."""

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from functools import partial
 
 from configs.command_line import Knobs, knob
 from models.answers import PackedSamples, ProbeBuffer, everywhere, pack, read_answers, unpack
@@ -97,9 +98,9 @@ class KeptAnswers:
 
     def keep(self, task: str, samples) -> None:
         """Some of `task`'s samples, which the model reads once as it is now."""
-        kept = choose_kept(self.cfg, task, samples)
-        share = read_answers(self.tools.model, self.tools.make_passes, kept, self.cfg.kd_top_k, 1.0)
-        answers = everywhere(self.tools.gather, share[1])
+        kept, tools = choose_kept(self.cfg, task, samples), self.tools
+        read = partial(read_answers, tools.model, tools.make_passes, kept, self.cfg.kd_top_k, 1.0)
+        answers = everywhere(tools.gather, tools.with_less_memory(read)[1])
         self.of_tasks.append(ProbeBuffer.of(kept, [answers[i] for i in range(len(kept))]))
 
     def state(self):

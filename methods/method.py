@@ -1,5 +1,6 @@
 """The life cycle of a method: what is done beside the supervised training of each task."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ class Tools:
         add_up: the sum of a tensor over all processes.
         processes: how many share the samples.
         most_steps: optimizer steps of the longest task.
+        with_less_memory: `work()`, and where it runs out of memory again with smaller passes: for
+            what reads samples between steps, and changes nothing before it has read them all.
     """
 
     model: nn.Module
@@ -38,6 +41,7 @@ class Tools:
     add_up: Callable
     processes: int = 1
     most_steps: int = 0
+    with_less_memory: Callable = operator.call
 
 
 def branch_bytes(model: nn.Module) -> int:

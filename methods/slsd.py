@@ -142,8 +142,9 @@ class SLSD(Method):
         )
 
     def _read(self, samples):
-        return read_answers(
-            self.model, self.tools.make_passes, samples, self.cfg.kd_top_k, self.cfg.kd_temperature
+        cfg, make_passes = self.cfg, self.tools.make_passes
+        return self.tools.with_less_memory(
+            lambda: read_answers(self.model, make_passes, samples, cfg.kd_top_k, cfg.kd_temperature)
         )
 
     def _probes(self) -> list[tuple[ProbeBuffer, int]]:
@@ -199,7 +200,7 @@ class SLSD(Method):
                 answers = everywhere(self.tools.gather, self._read(probes)[1])
                 self.buffer = ProbeBuffer.of(probes, [answers[i] for i in range(len(probes))])
             else:
-                # The first task, which had no previous model.
+                # No model before this one was asked, or none was sure enough: this one chooses.
                 self.read_pool(task, samples)
             self.earlier += [self.buffer] if self.buffer else []
         self.buffer = None

@@ -124,18 +124,24 @@ class Consolidation:
 
     @torch.no_grad()
     def fold(self, new: dict[str, torch.Tensor], owners: dict[str, str]) -> None:
-        """Adds fast, gated where a task came before, to slow; fast adds nothing afterwards."""
+        """Adds fast, gated where a task came before, to slow; fast adds nothing afterwards.
+
+        Where it runs out of memory nothing is changed.
+        """
+        folded = []
         for name, layer in ds_lora_layers(self.model).items():
             (A_slow, B_slow), (A, B) = layer.branch("slow"), layer.branch("fast")
             gram, old = new[owners[name]], self.grams.get(owners[name])
             if old is None:
-                layer.set_branch("slow", A.clone(), B.clone())
+                A, B = A.clone(), B.clone()
             else:
                 A = gated(A, gram, old, self.c, self.ridge)
                 A, B = torch.cat([A_slow, A]), torch.cat([B_slow, B], dim=1)
                 if self.rank and len(A) > self.rank:
                     A, B = cut_rank(A, B, old + gram, self.rank, self.ridge)
-                layer.set_branch("slow", A, B)
+            folded.append((layer, A, B))
+        for layer, A, B in folded:
+            layer.set_branch("slow", A, B)
             layer.lora_B_fast.zero_()
         for name, gram in new.items():
             self.grams[name] = self.grams.get(name, 0) + gram

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import shutil
@@ -14,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, Killed, contents, die_in_a_pass, errors, fail_at, outcome
+from safetensors.torch import load_file
 
 import evaluate_tasks
 import train_single_task
 import train_slsd_seq
 from configs.command_line import UserError
-from methods import parse_config
+from methods import folding, memory, parse_config, slsd
+from models import consolidation
+from models.reading import read_json
 from training import outputs, plan, saving
 from training import passes as passes_module
 from training.logs import JsonlLog
@@ -394,6 +398,63 @@ def test_out_of_memory_halves_the_passes_and_repeats_the_step(
     )
     assert small == pytest.approx(direct, rel=1e-5)
     assert "1/4 of the tokens a pass" in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "failures"),
+    [
+        ({"method": "slsd_plus", "memory_per_task": 4}, ["read_answers"]),
+        (
+            {
+                **{"method": "slsd_plus", "anchor_lambda": 0, "memory_per_task": 4},
+                "consolidate": "gram",
+            },
+            ["gram_matrices", "read_answers", "gated"],
+        ),
+        (
+            {"kd_probes": "replay", "kd_branches": "all", "consolidate": "gram"},
+            ["gram_matrices", "read_answers", "gated"],
+        ),
+    ],
+)
+def test_out_of_memory_between_two_tasks_changes_nothing_twice(
+    seq_flags, tmp_path, monkeypatch, settings, failures
+):
+    """Each reading is done again where it fails at its very end, and so is the fold half way."""
+    settings = {"lora_dropout": 0.0, "tokens_per_pass": 512, **settings}
+    assert train_slsd_seq.main(seq_flags("plain", **settings)) == 0
+    failed = []
+
+    def fails_at_first(owner, name, calls=1):
+        original = getattr(owner, name)
+        left = itertools.chain([False] * (calls - 1), [True], itertools.repeat(False))
+
+        def failing(*args):
+            result = original(*args)
+            if next(left):
+                failed.append(name)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return result
+
+        monkeypatch.setattr(owner, name, failing)
+
+    for owner in (memory, slsd):
+        fails_at_first(owner, "read_answers")
+    fails_at_first(folding, "gram_matrices")
+    fails_at_first(consolidation, "gated", calls=2)
+    assert train_slsd_seq.main(seq_flags("tight", **settings)) == 0
+    assert failed == failures
+    adapter = "checkpoints/seq_T3_code/adapter_model.safetensors"
+    plain, tight = (load_file(tmp_path / name / adapter) for name in ("plain", "tight"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(tight[name], tensor, atol=1e-5, rtol=1e-3)
+    plain, tight = (
+        read_json(tmp_path / name / "logs/seq_summary.json")["stages"]
+        for name in ("plain", "tight")
+    )
+    for stage, of_stage in plain.items():
+        assert tight[stage]["samples_kept"] == of_stage["samples_kept"]
+        assert tight[stage]["bytes_kept"] == of_stage["bytes_kept"]
 
 
 def test_one_sample_that_is_too_much_is_an_error_with_its_cures(seq_flags, monkeypatch, capsys):
