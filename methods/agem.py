@@ -38,6 +38,8 @@ class AGEM(Replay):
             return
         # Its scale does not matter, that of loss scaling included.
         reference = self.tools.add_up(self.reference)
+        # One that overflowed, as loss scaling may have it, says nothing.
+        reference = torch.where(reference.isfinite().all(), reference, 0.0)
         gradient = torch.cat([p.grad.flatten() for p in self.params])
         dot = gradient @ reference
         share = torch.where(dot < 0, dot / (reference @ reference), 0.0)

@@ -2,11 +2,12 @@
 
 L = (L_sup + CE(kept)) / 2 + ilora_weight mean (h_fast - h_slow)^2 on kept samples, over the outputs
 of the layers with branches and the numbers in which h_fast < h_slow; after each step
-slow <- a slow + (1 - a) fast with a = min(1 - 1 / (step + 1), ilora_decay) (Ren et al. 2024,
-"Analyzing and reducing catastrophic forgetting in parameter efficient tuning", with the weights and
-the one-sided difference of its published code). The model that is evaluated is the one that learns,
-as there. L_sup is not halved here, so that all methods learn a task at the same rate: the other
-terms are doubled instead.
+slow <- a slow + (1 - a) fast with a = min(1 - 1 / (step + 1), ilora_decay), steps counted from 1
+(Ren et al. 2024, "Analyzing and reducing catastrophic forgetting in parameter efficient tuning",
+with the weights and the one-sided difference of its published code). The model that is evaluated is
+the one that learns, as there. L_sup is not halved here, so that all methods learn a task at the
+same rate: the other terms are doubled instead. There the mean runs over all layers and the prompt
+too, and no layer is frozen; here over what can differ, so one weight holds more.
 """
 
 import contextlib
@@ -57,19 +58,22 @@ class ILoRA(Replay):
             return
         chosen = [self.samples[i] for i in draw(self.cfg, self.samples, step)]
         tokens = sum(map(response_tokens, chosen))
-        for _, batch, targets in self.tools.make_passes(chosen):
-            with torch.no_grad(), self.slow_copy_in_place():
-                _, slow = self.read(batch)
+        slow_hidden = {}
+        with torch.no_grad(), self.slow_copy_in_place():
+            for indices, batch, _ in self.tools.make_passes(chosen):
+                of_each = self.read(batch)[1].split([response_tokens(chosen[i]) for i in indices])
+                slow_hidden.update(zip(indices, of_each, strict=True))
+        for indices, batch, targets in self.tools.make_passes(chosen):
             logits, fast = self.read(batch)
-            apart = [
-                torch.where(f < s, f - s, 0.0).square().mean(-1).sum()
-                for f, s in zip(fast, slow, strict=True)
-            ]
-            hidden = sum(apart) / len(apart)
-            backward((cross_entropy(logits, targets) + 2 * self.cfg.ilora_weight * hidden) / tokens)
+            slow = torch.cat([slow_hidden[i] for i in indices])
+            apart = torch.where(fast < slow, fast - slow, 0.0).square().mean((1, 2)).sum()
+            backward((cross_entropy(logits, targets) + 2 * self.cfg.ilora_weight * apart) / tokens)
 
-    def read(self, batch: dict):
-        """Logits, and the outputs of the layers with branches, at the response's positions."""
+    def read(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (n, vocabulary) and the outputs of the layers with branches (n, layers, width).
+
+        At the response's positions; the second in fp32.
+        """
         hidden = []
 
         def keep(_, args, output):
@@ -79,7 +83,8 @@ class ILoRA(Replay):
         with contextlib.ExitStack() as stack:
             for layer in self.layers:
                 stack.callback(layer.register_forward_hook(keep).remove)
-            return response_logits(self.model, **batch), hidden
+            logits = response_logits(self.model, **batch)
+        return logits, torch.stack(hidden, 1)
 
     @contextlib.contextmanager
     def slow_copy_in_place(self):
@@ -98,7 +103,7 @@ class ILoRA(Replay):
 
     @torch.no_grad()
     def after_step(self, step):
-        decay = min(1 - 1 / (step + 1), self.cfg.ilora_decay)
+        decay = min(1 - 1 / (step + 2), self.cfg.ilora_decay)
         for slow, live in zip(self.slow_copy, self.params, strict=True):
             slow.mul_(decay).add_(live, alpha=1 - decay)
 

@@ -10,7 +10,8 @@ without its reservoir, or Reptile.
 What differs from the specification's SLSD: the distilled samples belong to *earlier* tasks, not to
 the one at hand, and are learned again with their labels too; their answers are those of the model
 that had just learned them; both branches are moved, since the one left alone is the one that
-forgets; and slow means weights that follow slowly, not a branch with a small rate.
+forgets; and slow means weights that follow slowly, not a branch with a small rate. The kept samples
+are read once for both of their losses, with dropout as in training.
 
 Sources: DER++ (Buzzega et al. 2020, eq. 6), EWC (Kirkpatrick et al. 2017), Reptile (Nichol et al.
 2018) and MER (Riemer et al. 2019) for slow weights within a task; SuRe (arXiv 2511.22367) merges a

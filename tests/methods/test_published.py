@@ -1,5 +1,7 @@
 """What makes each published method that method, by an independent calculation."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,15 @@ def test_agem_projects_a_step_that_would_raise_the_loss_of_kept_samples(sign):
         assert abs(found @ unit) < 1e-4 * gradient.norm()
 
 
+def test_agem_leaves_a_step_alone_whose_reference_overflowed():
+    model, method = learned("agem")
+    for p in parameters(model):
+        p.grad = torch.ones_like(p)
+    method.reference = torch.full((sum(p.numel() for p in parameters(model)),), -math.inf)
+    method.after_backward(0)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in parameters(model))
+
+
 def test_olora_stacks_frozen_tasks_and_punishes_overlap():
     model = randomise(inject(make_model()))
     method = make_method("olora", model, olora_lambda=0.5)
@@ -135,14 +146,21 @@ def test_ilora_follows_by_a_moving_average_and_holds_hidden_states_from_below():
     method.after_step(9)
     for old, now, live in zip(before, method.slow_copy, parameters(model), strict=True):
         torch.testing.assert_close(now, 0.25 * old + 0.75 * live)
+    # The first step of all counts as 1.
+    method.cfg.ilora_decay = 0.9
+    method.slow_copy = [p.clone() for p in before]
     method.after_step(0)
-    assert all(map(torch.equal, method.slow_copy, parameters(model)))
+    for old, now, live in zip(before, method.slow_copy, parameters(model), strict=True):
+        torch.testing.assert_close(now, 0.5 * old + 0.5 * live)
+    method.cfg.ilora_decay = 0.25
 
     method.slow_copy = [0.5 * p.detach().clone() for p in parameters(model)]
     seen = spied(method)
     method.aux_backward(3, backward)
     found, live = gradients(model), [p.detach().clone() for p in parameters(model)]
-    (chosen,) = seen
+    # Once by the slow copy, once with a gradient: both count as read.
+    chosen, again = seen
+    assert [sample["id"] for sample in again] == [sample["id"] for sample in chosen]
 
     def hidden(values):
         """Outputs of both layers with branches at each sample's response, with these weights."""
