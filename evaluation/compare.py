@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from configs.command_line import UserError
 from evaluation.finished import FinishedRun, by_method
 from evaluation.matrix import known, mean
-from evaluation.statistics import Difference, holm, least_p, paired_difference
+from evaluation.statistics import FEWEST_PAIRS, Difference, holm, least_p, paired_difference
 
 Groups = dict[str, list[FinishedRun]]
 Columns = dict[str, tuple[Callable[[FinishedRun], float], str]]
@@ -142,8 +142,10 @@ def compare_tables(groups: Groups, reference: str = "") -> str:
         markdown(["method", "runs", *RESULTS], [of_base, *rows_of(groups, RESULTS)]),
         "Further, over all runs of a method:",
         by_name(methods, list(FURTHER), lambda runs: spreads(runs, FURTHER)),
-        "What a method keeps as its last task begins: samples of each earlier task, and MiB in "
-        "all; samples read a step, with a backward and forward only, its own among them.",
+        "What a method keeps as its last task begins: samples of each earlier task, and MiB in all "
+        "beside the branches (a bank keeps those of every task, consolidation lets slow grow). "
+        "Samples read a step, with a backward and forward only, its own among them. Of the runs "
+        "that share a prefix store the first one fills it, and trains for longer.",
         by_name(methods, list(COSTS), lambda runs: means(runs, COSTS)),
     ]
     if several := with_readings(methods):
@@ -160,7 +162,8 @@ def compare_tables(groups: Groups, reference: str = "") -> str:
         if known(value(run) for runs in groups.values() for run in runs)
     }:
         parts += [
-            "Accuracy by likelihood, 0 to 100, as papers report it (BWT, FWT: negative = worse).",
+            "Accuracy, 0 to 100, of the likeliest among the options (papers mostly score what is "
+            "generated); Last, Avg, BWT and FWT as papers define them (negative = worse).",
             markdown(["method", "runs", *accuracies], rows_of(groups, accuracies)),
         ]
     if any(run.scores for runs in groups.values() for run in runs):
@@ -192,8 +195,9 @@ def paired_tables(methods: Groups, reference: str) -> list[str]:
     pairs = {name: len(shared & {run.pair for run in runs}) for name, runs in others.items()}
     parts = [
         f"Against {named[0]}, paired over (order, seed): a method's number minus the reference's, "
-        "the 95 % bootstrap interval, the difference relative to the reference, p by flipping "
-        "signs, and p corrected for the methods of the table (Holm).",
+        "the 95 % bootstrap interval over orders and seeds, both relative to the reference, p by "
+        "flipping signs as if pairs were independent, and p corrected for the methods of the table "
+        "(Holm). All of it holds for these held-out samples, which all runs share.",
     ]
     differences: dict[str, dict[str, Difference]] = {}
     for metric, (value, _) in PAIRED.items():
@@ -211,6 +215,15 @@ def paired_tables(methods: Groups, reference: str) -> list[str]:
     return parts
 
 
+def _interval(low: float, high: float, form: str) -> str:
+    return "" if math.isnan(low) else f"[{format(low, form)}, {format(high, form)}]"
+
+
+def _relative(of: Difference) -> str:
+    interval = _interval(of.low / of.theirs, of.high / of.theirs, "+.1%")
+    return f"{of.mean / of.theirs:+.1%} {interval}".rstrip()
+
+
 def _rows_of_differences(found: dict[str, Difference], form: str) -> list[list[str]]:
     corrected = holm({name: difference.p for name, difference in found.items()})
     return [
@@ -218,9 +231,9 @@ def _rows_of_differences(found: dict[str, Difference], form: str) -> list[list[s
             name,
             str(of.pairs),
             told(of.mean, form),
-            f"[{told(of.low, form)}, {told(of.high, form)}]" if of.pairs > 1 else "",
+            _interval(of.low, of.high, form),
             # A share of nothing, or of less, says nothing.
-            f"{of.mean / of.theirs:+.1%}" if of.theirs > 0 else "",
+            _relative(of) if of.theirs > 0 else "",
             told(of.p, ".4f"),
             told(corrected[name], ".4f"),
         ]
@@ -231,8 +244,8 @@ def _rows_of_differences(found: dict[str, Difference], form: str) -> list[list[s
 def _too_few(pairs: dict[str, int], tables: list[dict[str, Difference]]) -> list[str]:
     """What cannot be said with so many pairs of each method, and so many methods in a table."""
     lines = []
-    if few := [f"{name} ({number})" for name, number in pairs.items() if number < 2]:
-        lines.append(f"Fewer than two pairs, so neither interval nor p: {', '.join(few)}.")
+    if few := [f"{name} ({number})" for name, number in pairs.items() if number < FEWEST_PAIRS]:
+        lines.append(f"Fewer than {FEWEST_PAIRS} pairs, so no interval: {', '.join(few)}.")
     most = max(pairs.values(), default=0)
     # The smallest table is corrected least.
     fewest = min((sum(of.pairs > 1 for of in found.values()) for found in tables), default=0)

@@ -10,6 +10,8 @@ import random
 import statistics
 from dataclasses import dataclass
 
+# With fewer no p can reach 0.05, and a bootstrap's interval is far too narrow.
+FEWEST_PAIRS = 6
 # Sign flips are counted one by one up to 2 ** this many, and drawn beyond it.
 EXACT_PAIRS = 14
 DRAWS = 10_000
@@ -34,28 +36,40 @@ class Difference:
 def paired_difference(ours: dict, theirs: dict, seed: int = 0) -> Difference | None:
     """Ours minus theirs over the keys that both have with a number; None without such a key.
 
-    The interval is the percentile bootstrap over pairs (Efron 1979), NaN from one pair; p is that
-    of the sign-flip permutation test of a mean of zero (Fisher 1935), exact for few pairs.
+    A key is (order, seed). The interval is the percentile bootstrap over orders and over seeds,
+    each drawn by itself (Owen 2007, "The pigeonhole bootstrap"): pairs that share one are alike.
+    NaN from fewer than `FEWEST_PAIRS`. p is that of the sign-flip permutation test of a mean of
+    zero (Fisher 1935), exact for few pairs, as if pairs were independent; NaN from one.
     """
     keys = [key for key in ours if key in theirs and not math.isnan(ours[key] - theirs[key])]
-    differences = [ours[key] - theirs[key] for key in keys]
-    if not differences:
+    if not keys:
         return None
+    found = {key: ours[key] - theirs[key] for key in keys}
+    differences = list(found.values())
     mean, reference = statistics.fmean(differences), statistics.fmean(theirs[key] for key in keys)
-    if len(differences) == 1:
-        return Difference(1, reference, mean, math.nan, math.nan, math.nan)
+    low, high = _interval(found, seed) if len(keys) >= FEWEST_PAIRS else (math.nan, math.nan)
+    p = _sign_flip_p(differences, seed) if len(keys) > 1 else math.nan
+    return Difference(len(keys), reference, mean, low, high, p)
+
+
+def _interval(differences: dict[tuple, float], seed: int) -> tuple[float, float]:
+    """Of the mean, 95 %, by drawing orders and seeds anew."""
     pick = random.Random(seed).choices
-    size = len(differences)
-    means = sorted(statistics.fmean(pick(differences, k=size)) for _ in range(DRAWS))
+    orders, seeds = (list(dict.fromkeys(part)) for part in zip(*differences, strict=True))
+    means = []
+    while len(means) < DRAWS:
+        cells = itertools.product(pick(orders, k=len(orders)), pick(seeds, k=len(seeds)))
+        if drawn := [differences[cell] for cell in cells if cell in differences]:
+            means.append(statistics.fmean(drawn))
+    means.sort()
     tail = int(0.025 * DRAWS)
-    p = _sign_flip_p(differences, seed)
-    return Difference(size, reference, mean, means[tail], means[-1 - tail], p)
+    return means[tail], means[-1 - tail]
 
 
 def least_p(pairs: int) -> float:
     """The smallest p that so many pairs can have: all differences of one sign, or all of the other.
 
-    Fewer than 6 pairs cannot reach 0.05.
+    Fewer than `FEWEST_PAIRS` cannot reach 0.05.
     """
     return 2 / 2**pairs
 

@@ -197,17 +197,17 @@ def test_methods_are_paired_with_a_reference_over_order_and_seed(tmp_path):
     log_dir = ["--log_dir", str(tmp_path)]
     assert plot_loss.main(["compare", *runs, *log_dir, "--against", "ref,lr=1"]) == 0
     text = (tmp_path / "compare.md").read_text()
-    assert "Fewer than two pairs, so neither interval nor p: few (1), none (0)." in text
+    assert "Fewer than 6 pairs, so no interval: few (1), none (0)." in text
     # Two methods with six pairs: 2 x 2/2^6 is more than 0.05.
     assert "Too few pairs for a corrected p of 0.05, however clear" in text
     assert "with 6 p is 2/2^6 = 0.0312 at least, and 0.0625 corrected for 2 methods." in text
     paired = {table["header"][""]: table for table in tables_in(text)}
     learned, forgotten = paired["just learned, loss ↓"], paired["forgetting, loss ↓"]
     assert learned["ours"]["difference"] == "+0.000" and "ref" not in learned
-    reference = forgetting(worse(0.215))
+    share = f"{-0.1 / forgetting(worse(0.215)):+.1%}"
     assert list(forgotten["ours"].values())[1:] == [
         *("6", "-0.100", "[-0.100, -0.100]"),
-        *(f"{-0.1 / reference:+.1%}", "0.0312", "0.0625"),
+        *(f"{share} [{share}, {share}]", "0.0312", "0.0625"),
     ]
     assert forgotten["few"]["pairs"] == "1" and "none" not in forgotten
     assert not forgotten["few"]["95 % interval"] + forgotten["few"]["p"]
