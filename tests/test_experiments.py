@@ -259,7 +259,7 @@ def test_the_protocol_is_a_file_of_runs():
         trials = Counter(run.method.partition(",")[0] for run in tuning.runs)
         assert set(trials.values()) == {9}
         assert trials.keys() == {run.method.partition(",")[0] for run in final.runs}
-        assert final.against.startswith("seq_lora,")
+        assert final.against.startswith("consolidated,")
         assert {run.cfg.data_dir for run in tuning.runs} == {"data_tuning"}
         assert {run.cfg.data_dir for run in final.runs} == {"data_final"}
         if ablation:
