@@ -82,10 +82,12 @@ class TaskTraining:
         is_half = model.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(passes.device.type, enabled=is_half)
         self.start, self.window, self.watch = 0, Window(), Watch(task, is_half)
+        self.owes_epoch_end = False
         if journal and journal.training:
             (facts, parts), journal.training = journal.training, None
             self.start, self.window = facts["step"], Window(facts["window"])
             self.watch.skipped = facts["skipped"]
+            self.owes_epoch_end = facts["owes_epoch_end"]
             self.scaler.load_state_dict(facts["scaler"])
             load_optimizer(self.optimizer, parts["optimizer"])
 
@@ -95,6 +97,8 @@ class TaskTraining:
         Raises `UserError` where a loss or gradient is not finite, before anything of it is saved,
         and `Stopped` where the run is to stop, after it was saved.
         """
+        if self.owes_epoch_end:
+            self.on_epoch_end((self.start - 1) // self.steps_in_epoch + 1)
         training_mode(self.model, self.cfg.num_frozen_layers)
         order: list[int] = []
         with Progress(self.task, self.total, self.start) as progress:
@@ -151,6 +155,8 @@ class TaskTraining:
             self._log(step, epoch, norms, progress)
         pause = time.perf_counter()
         if self.on_epoch_end and ends_epoch:
+            # It takes long: what stops it there costs no step.
+            self._save(step + 1, owes_epoch_end=True)
             self.on_epoch_end(epoch + 1)
             training_mode(self.model, self.cfg.num_frozen_layers)
         if saves:
@@ -203,7 +209,7 @@ class TaskTraining:
         progress.report(line)
         self.window = Window()
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, owes_epoch_end: bool = False) -> None:
         self.watch.check()
         if self.journal is None:
             return
@@ -212,6 +218,7 @@ class TaskTraining:
             "skipped": self.watch.skipped,
             "window": self.window.state(),
             "scaler": self.scaler.state_dict(),
+            "owes_epoch_end": owes_epoch_end,
         }
         self.journal.save(training, {"optimizer": optimizer_tensors(self.optimizer)})
 

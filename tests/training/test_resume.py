@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 import evaluate_tasks
 import train_single_task
 import train_slsd_seq
-from configs.command_line import UserError
+from configs.command_line import Stopped, UserError
 from methods import folding, memory, parse_config, slsd
 from models import consolidation
 from models.reading import read_json
 from training import outputs, plan, saving
 from training import passes as passes_module
 from training.logs import JsonlLog
+from training.loop import TaskTraining
 from training.saving import RunState, run_lock
 
 # Dropout on, KD on, several passes a step and a partial last step in each task; a state falls
@@ -455,6 +456,30 @@ def test_out_of_memory_between_two_tasks_changes_nothing_twice(
     for stage, of_stage in plain.items():
         assert tight[stage]["samples_kept"] == of_stage["samples_kept"]
         assert tight[stage]["bytes_kept"] == of_stage["bytes_kept"]
+
+
+def test_a_signal_while_an_epoch_is_evaluated_costs_no_step(seq_flags, tmp_path, monkeypatch):
+    argv = ["--task", "T2_math", *seq_flags("cut", save_steps=1000)]
+    assert train_single_task.main([*argv[:2], *seq_flags("plain", save_steps=1000)]) == 0
+    evaluate, step = train_single_task.evaluate_loss, TaskTraining._step
+    # The base, then the first epoch.
+    stops, steps = iter([False, True]), []
+
+    def stopped(*args):
+        if next(stops, False):
+            raise Stopped(signal.SIGTERM)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train_single_task, "evaluate_loss", stopped)
+    assert train_single_task.main(argv) == 128 + signal.SIGTERM
+    monkeypatch.setattr(
+        TaskTraining, "_step", lambda self, n, *args: steps.append(n) or step(self, n, *args)
+    )
+    assert train_single_task.main(argv) == 0
+    assert steps == list(range(6, 12))
+    plain, cut = outcome(tmp_path / "plain"), outcome(tmp_path / "cut")
+    for name, value in plain.items():
+        assert name.endswith("config.yaml") or cut[name] == value
 
 
 def test_one_sample_that_is_too_much_is_an_error_with_its_cures(seq_flags, monkeypatch, capsys):
