@@ -57,8 +57,17 @@ def num_processes() -> int:
 
 
 def rank() -> int:
-    """Number of this process among all of the run, from 0."""
-    return _from_launcher("RANK", 0)
+    """Number of this process among all of the run, from 0.
+
+    Raises `UserError` where there are not so many: it would take a share that is nobody's.
+    """
+    number, of = _from_launcher("RANK", 0), num_processes()
+    if number >= of:
+        raise UserError(
+            f"RANK is {number} and WORLD_SIZE {of} in the environment: start with torchrun, or "
+            "`unset RANK WORLD_SIZE`"
+        )
+    return number
 
 
 def local_rank() -> int:

@@ -16,6 +16,7 @@ from helpers import ROOT, command, contents, errors, make_model, read
 from peft import PeftModel
 from safetensors.torch import load_file
 
+import chat
 import plot_loss
 import train_single_task
 import train_slsd_seq
@@ -408,10 +409,12 @@ def test_ctrl_c_exits_130(flags, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing: start with"),
+        ({"WORLD_SIZE": "2"}, "start with torchrun, or `unset RANK WORLD_SIZE`"),
         ({"RANK": "first"}, "RANK is 'first' in the environment"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment"),
         ({"RANK": "-1"}, "RANK is '-1' in the environment"),
+        # It would leave out the first two samples of each pass, and write nothing.
+        ({"RANK": "2"}, "RANK is 2 and WORLD_SIZE 1 in the environment: start with torchrun, or"),
     ],
 )
 def test_a_launchers_environment_without_a_launcher_is_one_line(
@@ -424,6 +427,14 @@ def test_a_launchers_environment_without_a_launcher_is_one_line(
     assert train_slsd_seq.main(flags()) == 2
     (line,) = errors(capsys)
     assert message in line
+
+
+def test_a_chat_with_a_rank_alone_is_one_line(flags, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert chat.main(flags()) == 2
+    (line,) = errors(capsys)
+    assert "`unset RANK WORLD_SIZE`" in line
 
 
 def test_no_memory_on_a_cpu_is_one_line_and_faults_of_ours_are_not_hidden(monkeypatch, capsys):

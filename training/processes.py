@@ -25,19 +25,18 @@ sharers: list = []
 
 @contextlib.contextmanager
 def joined():
-    """Within the block the processes of the run can call one another; only the first one prints."""
+    """Within the block the processes of the run can call one another; only the first one prints.
+
+    Raises `UserError` where the environment is not as a launcher makes it.
+    """
+    rank()
     if num_processes() == 1:
         yield
         return
     if missing := [name for name in LAUNCHER if name not in os.environ]:
         raise UserError(
             f"WORLD_SIZE is {num_processes()} in the environment, and {', '.join(missing)} "
-            "missing: start with torchrun, or `unset WORLD_SIZE`"
-        )
-    if rank() >= num_processes():
-        raise UserError(
-            f"RANK is {rank()} and WORLD_SIZE {num_processes()} in the environment: start with "
-            "torchrun, or `unset RANK WORLD_SIZE`"
+            "missing: start with torchrun, or `unset RANK WORLD_SIZE`"
         )
     # What is no tensor goes through gloo, from host to host.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
