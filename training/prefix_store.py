@@ -1,5 +1,6 @@
 """The frozen layers' output on disk, for the runs that come after this one and those beside it."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -66,8 +67,10 @@ class PrefixStore:
         try:
             self.group.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*/.*.tmp"):
-                if time.time() - path.stat().st_mtime > ABANDONED:
-                    path.unlink(missing_ok=True)
+                # Another run may be through with it.
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > ABANDONED:
+                        path.unlink()
             used, free = sum(self._sizes().values()), shutil.disk_usage(folder).free
         except OSError as error:
             raise self._unusable(error) from error
@@ -78,7 +81,7 @@ class PrefixStore:
     def load(self, samples: list[dict]) -> list[torch.Tensor] | None:
         """Memory-mapped (length, width) of each row of a pass, or None where it is not here.
 
-        A damaged file is told and removed.
+        A damaged file is told and removed; one that cannot be read may be whole, and stays.
         """
         path = self._path(samples)
         try:
@@ -86,11 +89,13 @@ class PrefixStore:
                 rows, written = file.get_tensor("rows"), file.metadata()["sha256"]
             if _sha256(rows) != written:
                 raise ValueError("it is not what was written")
-            os.utime(path)
+            # Another user's: it seems older than it is.
+            with contextlib.suppress(OSError):
+                os.utime(path)
             return list(rows.split([len(sample["input_ids"]) for sample in samples]))
-        except FileNotFoundError:
+        except OSError:
             return None
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             print(f"warning: {path} is damaged ({error}): it is made anew", file=sys.stderr)
             path.unlink(missing_ok=True)
             return None

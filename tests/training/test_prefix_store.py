@@ -1,5 +1,6 @@
 """The frozen layers' output on disk: the same bits, shared by runs, bounded, damaged, killed."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from helpers import die_in_a_pass, inject, make_model, make_samples, outcome
 import train_single_task
 import train_slsd_seq
 from models.frozen_prefix import FrozenPrefix
+from training import prefix_store
 from training.passes import make_passes
 from training.prefix_store import ABANDONED, PrefixStore, open_store
 
@@ -170,6 +172,37 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path):
     os.utime(left, (time.time() - ABANDONED - 1,) * 2)
     PrefixStore(tmp_path, "group", 10**9)
     assert at_work.exists() and not left.exists()
+
+
+def test_what_another_run_has_just_renamed_is_no_fault(tmp_path, monkeypatch):
+    at_work, stat = tmp_path / "group" / ".0.safetensors.1.tmp", Path.stat
+    at_work.parent.mkdir()
+    at_work.touch()
+
+    def gone(path, **kwargs):
+        if path == at_work:
+            raise FileNotFoundError(errno.ENOENT, "it was renamed")
+        return stat(path, **kwargs)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    PrefixStore(tmp_path, "group", 10**9)
+
+
+@pytest.mark.parametrize("module, name", [(prefix_store, "safe_open"), (os, "utime")])
+def test_a_file_that_cannot_be_read_or_touched_is_not_damaged(
+    tmp_path, monkeypatch, capsys, module, name
+):
+    samples, _ = one_pass()
+    store = PrefixStore(tmp_path, "group", 10**9)
+    store.save(samples, [torch.randn(20, 32), torch.randn(9, 32)])
+    before = files_in(tmp_path)
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "of another user")
+
+    monkeypatch.setattr(module, name, refused)
+    assert (store.load(samples) is None) == (name == "safe_open")
+    assert files_in(tmp_path) == before and not capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_told(argv, tmp_path, capsys):
