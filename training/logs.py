@@ -50,7 +50,7 @@ class JsonlLog:
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         self._file.write(line)
         self._file.flush()
-        self._digest.update(line.encode("utf-8", "surrogatepass"))
+        self._digest.update(line.encode())
         self._also(row)
 
     def written(self) -> dict:
