@@ -1,6 +1,9 @@
 """The tasks of a configuration: their names and the files that they are read from."""
 
+import dataclasses
 import re
+
+from configs.command_line import default_of
 
 TASKS = ("T1_general", "T2_math", "T3_code", "T4_tool", "T5_safety")
 # Files and folders are named by tasks.
@@ -33,6 +36,31 @@ def with_task_data(data_paths: dict, task_data: list[str]) -> dict[str, dict[str
         changes = {"test": path} if is_test else dict.fromkeys(("toy", "full"), path)
         paths[task] = {**paths.get(task, {}), **changes} if is_test else changes
     return paths
+
+
+def paths_with_those_of_then(cfg, then: dict) -> dict[str, dict[str, str]]:
+    """`data_paths` of `cfg`, and `then`, those that a checkpoint was trained with.
+
+    Where both name a task, its entry in `cfg` counts only where somebody gave it: what is merely
+    the default would have it judged on what it was trained on. `--task_data` is applied anew as the
+    configuration is made.
+    """
+    # What a run file or the knobs of a method make of a configuration has no name of its own.
+    named = next(kind for kind in type(cfg).__mro__ if "config_name" in vars(kind))
+    (field,) = (field for field in dataclasses.fields(named) if field.name == "data_paths")
+    by_default = default_of(field)
+    anew = {entry.partition("=")[0].removesuffix(".test") for entry in cfg.task_data}
+    given = {
+        task: paths
+        for task, paths in cfg.data_paths.items()
+        if paths != by_default.get(task) and task not in anew
+    }
+    return {**cfg.data_paths, **then, **given}
+
+
+def judges_of(task_judges: list[str], tasks) -> list[str]:
+    """Those of `task_judges` that judge one of `tasks`."""
+    return [entry for entry in task_judges if entry.partition("=")[0] in tasks]
 
 
 def task_problems(cfg) -> list[str]:

@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import os
 import random
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.utils.data import Subset
 
-from configs.command_line import UserError
+from configs.command_line import UserError, is_first
+from configs.task_files import judges_of, paths_with_those_of_then
 from methods import METHODS, find_method
 from methods.method import JOINT, Method
 from models.adapter import load_adapter
@@ -83,6 +85,7 @@ class Stage:
         name: the task just learned, JOINT, or BASE.
         data: task -> samples, of those that were read.
         router: of the tasks seen so far; it has none where no routing was learned.
+        about_base: what `describe_base` says of the model's base, for checkpoints to be compared.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Stage:
     passes: Passes
     data: dict[str, TaskData] = field(default_factory=dict)
     router: Router = field(default_factory=Router)
+    about_base: dict = field(default_factory=dict)
 
     @property
     def method(self) -> type[Method]:
@@ -119,26 +123,31 @@ class Stage:
         """Takes up the branches and the router of a checkpoint on the same base model.
 
         What its training decided goes into the configuration: method, tasks and their order, and
-        held-out share; where both name a task's files, the configuration's count. Raises
-        `UserError`, and stays what it was, where it does not fit.
+        held-out share; where both name a task's files, the configuration's count if they were
+        given. Raises `UserError`, and stays what it was, where it does not fit.
         """
         try:
             facts, _ = read_facts(folder)
         except ValueError as error:
             raise UserError(f"{folder} is no stage checkpoint ({error})") from error
+        doubt = check_same_base(f"{folder}", facts, self.about_base)
         known = {name: facts[name] for name in DECIDED_IN_TRAINING if name in facts}
         try:
-            paths = {**(facts.get("data_paths") or {}), **self.cfg.data_paths}
+            paths = paths_with_those_of_then(self.cfg, facts.get("data_paths") or {})
             known |= {"data_paths": paths, "save_dir": str(folder.parent)}
             if self.cfg.task_judges:
                 # Those given now, not those of then.
                 known["task_judges"] = self.cfg.task_judges
+            elif "task_judges" in known:
+                # Older checkpoints have those of tasks whose files they do not name.
+                known["task_judges"] = judges_of(known["task_judges"], paths)
             cfg = dataclasses.replace(self.cfg, **known)
-        except (UserError, TypeError) as error:
+        except (UserError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / 'ds_lora.json'}: {error}") from error
         # A file is run by who names it, not by who made the checkpoint.
         if cfg.method not in (*METHODS, self.cfg.method):
             raise UserError(f"{folder} was trained by --method {cfg.method!r}: give the same here")
+        template = PromptTemplate(self.passes.tokenizer, cfg.prompt_template)
         then = dataclasses.replace(
             self, name=folder.name.removeprefix("seq_"), cfg=cfg, router=Router()
         )
@@ -148,7 +157,9 @@ class Stage:
         except ValueError as error:
             raise UserError(str(error)) from error
         self.name, self.cfg, self.router = then.name, then.cfg, then.router
-        self.passes.template = PromptTemplate(self.passes.tokenizer, self.cfg.prompt_template)
+        self.passes.template = template
+        if doubt and is_first():
+            print(doubt, file=sys.stderr)
 
     def read_router(self, path: Path) -> None:
         """Takes up the router of a stage, where there is one; `UserError` where it does not fit."""
@@ -261,6 +272,22 @@ def read_facts(folder: Path) -> tuple[dict, dict]:
     return facts
 
 
+def check_same_base(name: str, facts: dict, about_base: dict) -> str:
+    """Raises `UserError` where the checkpoint `name`, of the `facts`, has another base.
+
+    Returns a warning where that cannot be told and the names of the two differ, else "".
+    """
+    about = base_identity(about_base)
+    known = {key: facts[key] for key in about if key in facts}
+    if differing := differences(known, {key: about[key] for key in known}):
+        raise UserError(f"{name} has another base model ({differing}): give its own")
+    then, now = facts.get("base_model"), about_base.get("base_model")
+    # A folder has hashes and a hub id has none; a copy of the model goes by its name.
+    if not now or known.keys() - {"quantization"} or Path(str(then)).name == Path(now).name:
+        return ""
+    return f"warning: {name} was trained on {then}, and whether {now} is the same cannot be told"
+
+
 def open_stage(cfg, checkpoint: str) -> Stage:
     """Loads the base model and the stage checkpoint `checkpoint`, a folder, or "base" for none.
 
@@ -286,14 +313,12 @@ def open_stage(cfg, checkpoint: str) -> Stage:
                 f"give a folder such as checkpoints/seq_{cfg.task_order[-1]}, or base"
             ) from error
     model_config = check_model(cfg)
-    about = base_identity(describe_base(cfg))
-    known = {key: facts[key] for key in about if key in facts}
-    if differing := differences(known, {key: about[key] for key in known}):
-        raise UserError(f"--checkpoint {folder} has another base model ({differing}): give its own")
+    about_base = describe_base(cfg)
+    check_same_base(f"--checkpoint {folder}", facts, about_base)
     device = select_device(cfg.device)
     model = inject(cfg, load_model(cfg, device))
     passes = Passes(cfg, model, load_tokenizer(cfg, model_config), device, StopSignals())
-    stage = Stage(BASE, cfg, passes)
+    stage = Stage(BASE, cfg, passes, about_base=about_base)
     if checkpoint != BASE:
         stage.take_up(folder)
     return stage

@@ -9,6 +9,7 @@ from pathlib import Path
 import safetensors.torch
 
 from configs.command_line import is_first
+from configs.task_files import judges_of
 from models.adapter import save_adapter
 from models.ds_lora import branch_tensors, set_branch_tensors
 from tasks.prompt import PromptTemplate
@@ -99,6 +100,7 @@ class Journal:
         if not is_first():
             return
         decided = {name: getattr(self.cfg, name) for name in DECIDED_IN_TRAINING}
+        decided["task_judges"] = judges_of(self.cfg.task_judges, self.cfg.task_order)
         decided["data_paths"] = {task: self.cfg.data_paths[task] for task in self.cfg.task_order}
         with atomic_folder(Path(self.cfg.save_dir) / name) as folder:
             save_adapter(self.passes.model, folder, **self.about_base, **decided)
@@ -130,6 +132,8 @@ class Journal:
 
     def save(self, training: dict | None = None, parts: dict | None = None) -> None:
         """Saves the branches, the position and, inside a task, what the loop needs to go on."""
+        # Whoever has not attached by now is not saved either: the copies may go.
+        self._resumed_parts = {}
         branches = branch_tensors(self.passes.model)
         attached = {name: thing.state() for name, thing in self._attached.items()}
         self._save(training, {"branches": branches, **attached, **(parts or {})})

@@ -1,5 +1,6 @@
 """A stage checkpoint that does not fit is one line, and the stage stays what it was."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -86,6 +87,7 @@ BROKEN = {
     "r_slow": (facts("ds_lora.json", r_slow=3 * 10**6), "r_slow is 3000000"),
     "r_slow text": (facts("ds_lora.json", r_slow="4"), "r_slow is 4"),
     "method": (facts("ds_lora.json", method="evil.py"), "trained by --method 'evil.py'"),
+    "template": (facts("ds_lora.json", prompt_template="chat"), "chat"),
     "holdout": (facts("ds_lora.json", holdout_fraction=2), "holdout_fraction is 2"),
     "order": (facts("ds_lora.json", task_order=[5]), "task_order is"),
     "router cut": (text(ROUTER, "x"), "router does not fit"),
@@ -152,6 +154,57 @@ def test_a_checkpoint_with_impossible_settings_is_told_before_anything_is_loaded
     with pytest.raises(UserError, match=message) as caught:
         open_stage(cfg, str(folder / "seq_T2_math"))
     assert "\n" not in str(caught.value)
+
+
+OWN = {"toy": "own.jsonl", "full": "own.jsonl", "test": "test.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], OWN),
+        (["T1_general.test=other.jsonl"], OWN | {"test": "other.jsonl"}),
+        (["T1_general=other.jsonl"], {"toy": "other.jsonl", "full": "other.jsonl"}),
+    ],
+)
+def test_a_checkpoints_own_files_give_way_to_those_that_are_given_alone(
+    checkpoints, make_config, given, expected
+):
+    """Not to the defaults: it would be judged on what it was trained on."""
+    cfg, folder = checkpoints
+    facts("ds_lora.json", data_paths={"T1_general": OWN})(folder / "seq_T2_math")
+    stage = open_stage(make_config(task_data=given), str(folder / "seq_T2_math"))
+    assert stage.cfg.data_paths["T1_general"] == expected
+    assert stage.cfg.data_paths["T2_math"] == cfg.data_paths["T2_math"]
+
+
+def test_a_checkpoint_keeps_the_judges_of_its_tasks_and_older_ones_open(checkpoints, make_config):
+    cfg, folder = checkpoints
+    facts("ds_lora.json", task_judges=["amazon=choice", "T2_math=exact"])(folder / "seq_T2_math")
+    stage = open_stage(make_config(), str(folder / "seq_T2_math"))
+    assert stage.cfg.task_judges == ["T2_math=exact"]
+    cfg = dataclasses.replace(cfg, task_judges=["T3_code=exact", "T2_math=exact"])
+    Journal(cfg, stage.passes, {"base_model": "tiny"}, None, {}).save_checkpoint("seq_new")
+    saved = json.loads((folder / "seq_new" / "ds_lora.json").read_text())
+    assert saved["task_judges"] == ["T2_math=exact"]
+
+
+def test_another_base_is_refused_by_the_next_stage_too_and_doubt_is_told(checkpoints, capsys):
+    cfg, folder = checkpoints
+    stage, other = open_stage(cfg, "base"), folder / "seq_T2_math"
+    facts("ds_lora.json", weights="0" * 64)(other)
+    with pytest.raises(UserError, match="has another base model .another weights.: give its own"):
+        stage.take_up(other)
+    # As one trained on a hub id, which has no hashes.
+    found = json.loads((other / "ds_lora.json").read_text())
+    kept = {k: v for k, v in found.items() if k not in ("weights", "config.json", "tokenizer")}
+    (other / "ds_lora.json").write_text(json.dumps(kept))
+    stage.take_up(other)
+    assert not capsys.readouterr().err
+    facts("ds_lora.json", base_model="meta-llama/Llama-2-7b-hf")(other)
+    stage.take_up(other)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was trained on meta-llama/Llama-2-7b-hf" in line and line.startswith("warning: ")
 
 
 def test_a_failed_stage_command_leaves_the_chat_where_it_was(
