@@ -93,7 +93,7 @@ def export(stage: Stage, folder: Path, merge: bool) -> None:
     """Writes the model as it is now, with the tokenizer that prompts as in training."""
     model, template = stage.passes.model, stage.passes.template
     active = next(iter(ds_lora_layers(model).values())).active
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, replaces=False) as partial:
         if merge:
             merge_branches(model).save_pretrained(partial)
         else:

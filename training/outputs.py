@@ -38,22 +38,28 @@ def check_finished(cfg, run_name: str, facts: dict) -> None:
         )
 
 
+def own_names(cfg, run_name: str) -> str:
+    """A regular expression of the names that the run `run_name` itself makes."""
+    stages = "|".join(map(re.escape, [*cfg.data_paths, JOINT]))
+    always = r"state|config\.yaml|tensorboard"
+    if run_name == "seq":
+        logs = "(train|eval)_loss|router|drift|samples|scores"
+        logs = rf"({logs}|gen_(base|{stages})_({stages}))\.jsonl"
+        return rf"{run_name}_({stages}|{always}|{logs}|summary\.json|eval_loss\.png)"
+    return rf"{run_name}_(epoch\d+|{always}|(train|eval)_loss\.jsonl|train_loss\.png)"
+
+
 def _outputs(cfg, run_name: str) -> list[Path]:
     """What an earlier run left, by the exact names that the project gives.
 
     First what says that the run is finished: one that is killed while they are removed is not.
     """
     stages = "|".join(map(re.escape, [*cfg.data_paths, JOINT]))
-    always = r"state|config\.yaml|tensorboard"
-    if run_name == "seq":
-        logs = "(train|eval)_loss|router|drift|samples|scores"
-        logs = rf"({logs}|gen_(base|{stages})_({stages}))\.jsonl"
-        own = rf"{run_name}_({stages}|{always}|{logs}|summary\.json|eval_loss\.png)"
-    else:
+    if run_name != "seq":
         stages = rf"{run_name}_epoch\d+"
-        own = rf"{stages}|{run_name}_({always}|(train|eval)_loss\.jsonl|train_loss\.png)"
     # The answers of a stage are no longer true of it; those of the base are.
-    ours = re.compile(rf"{own}|(gen|scores|recovery)_({stages})(_[\w-]+)?\.jsonl")
+    answers = rf"(gen|scores|recovery)_({stages})(_[\w-]+)?\.jsonl"
+    ours = re.compile(f"{own_names(cfg, run_name)}|{answers}")
     # Both may be one folder.
     folders = dict.fromkeys((Path(cfg.log_dir), Path(cfg.save_dir)))
     paths = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]

@@ -54,8 +54,11 @@ def atomic_file(path: str | Path):
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path):
-    """Yields an empty folder that takes the place of `path` when the block ends without a fault."""
+def atomic_folder(path: str | Path, replaces: bool = True):
+    """Yields an empty folder that takes the place of `path` when the block ends without a fault.
+
+    Raises `UserError` where something is there by then that it must not replace.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -72,6 +75,8 @@ def atomic_folder(path: str | Path):
                     os.fsync(written.fileno())
         _sync_folder(partial)
         if os.path.lexists(path):
+            if not replaces:
+                raise UserError(f"{path} has been made meanwhile: give another, or remove it")
             # Of a stage that is being done again: the state to resume from is older than it.
             remove(path)
         os.rename(partial, path)
@@ -179,12 +184,13 @@ class RunState:
 
 
 @contextlib.contextmanager
-def run_lock(folders: list[str], run_name: str):
+def run_lock(folders: list[str], run_name: str, makes: str = ""):
     """Holds the folders for this run; the lock of a dead process holds nothing.
 
-    Removes what a killed run left half-written. Yields a function that raises `UserError` where a
-    folder or its lock is gone, so that another run may be at work there. Raises `UserError` where
-    one is, or where a folder cannot be written.
+    Removes what a killed run left half-written: in its folder of states, and of the names that the
+    regular expression `makes` finds. A run whose name only begins alike may be at work beside it.
+    Yields a function that raises `UserError` where a folder or its lock is gone, so that another
+    run may be at work there. Raises `UserError` where one is, or where a folder cannot be written.
     """
     locks: dict[Path, os.stat_result] = {}
     with contextlib.ExitStack() as stack:
@@ -202,9 +208,10 @@ def run_lock(folders: list[str], run_name: str):
                 ) from None
             except OSError as error:
                 raise UserError(f"{folder} cannot be written: {error.strerror}") from None
-            for pattern in (f".{run_name}_*.tmp", f"{run_name}_state/.*.tmp"):
-                for left in folder.glob(pattern):
-                    remove(left)
+            half_written = re.compile(rf"\.({makes})(\.\d+)?\.tmp")
+            lefts = [path for path in folder.glob(".*.tmp") if half_written.fullmatch(path.name)]
+            for left in [*lefts, *folder.glob(f"{run_name}_state/.*.tmp")]:
+                remove(left)
 
         def check() -> None:
             for path, known in locks.items():

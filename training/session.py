@@ -28,6 +28,7 @@ from training.outputs import (
     check_finished,
     check_outputs,
     clear_outputs,
+    own_names,
     state_folder,
     write_settings,
 )
@@ -139,7 +140,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
     stop, state = StopSignals(), RunState(state_folder(cfg, run_name))
     with contextlib.ExitStack() as stack:
         stack.enter_context(joined())
-        lock = run_lock([cfg.save_dir, cfg.log_dir], run_name)
+        lock = run_lock([cfg.save_dir, cfg.log_dir], run_name, own_names(cfg, run_name))
         check_lock = all_succeed([partial(stack.enter_context, lock)] if is_first() else [])
         stack.enter_context(stop.installed())
         model_config, device, rows, about_base, identity, saved = _checked(

@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import resource
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoTokenizer
 
 from configs.command_line import UserError
 from training.logs import JsonlLog
+from training.outputs import own_names
 from training.saving import RunState, atomic_file, atomic_folder, file_sha256, run_lock, write_json
 
 
@@ -147,6 +150,17 @@ def test_a_lock_that_was_removed_is_told(tmp_path):
             check()
 
 
+def test_a_run_whose_name_begins_alike_keeps_what_it_is_writing(make_config, tmp_path):
+    ours = [".single_law_epoch1.12.tmp", ".single_law_config.yaml.tmp"]
+    # Of the runs single_law_de and single_law_epoch1.
+    theirs = [".single_law_de_epoch1.12.tmp", ".single_law_epoch1_epoch1.12.tmp"]
+    for name in (*ours, *theirs):
+        (tmp_path / name).mkdir()
+    with run_lock([tmp_path], "single_law", own_names(make_config(), "single_law")):
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*theirs, ".single_law.lock"}
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
 def test_a_folder_without_locks_is_one_line(tmp_path, monkeypatch, number):
     def fail(*_):
@@ -168,6 +182,25 @@ def test_a_log_that_was_removed_or_replaced_is_told(tmp_path, is_replaced):
             path.write_text('{"loss": 1.0}\n')
         with pytest.raises(UserError, match="was removed or replaced"):
             log.written()
+
+
+def test_copies_of_what_was_resumed_go_with_the_first_save(make_config, tokenizer):
+    first, second = (make_journal(make_config(), inject(make_model()), tokenizer) for _ in range(2))
+    first.save()
+    facts, parts = RunState(Path(make_config().save_dir) / "state").load()
+    copies = [weakref.ref(tensor) for tensor in parts["branches"].values()]
+    second.resume(facts, parts)
+    del parts
+    second.save()
+    assert copies and not any(reference() is not None for reference in copies)
+
+
+def test_what_was_made_meanwhile_is_not_replaced_unless_that_is_wanted(tmp_path):
+    with pytest.raises(UserError, match="has been made meanwhile"):
+        with atomic_folder(tmp_path / "c", replaces=False):
+            (tmp_path / "c").mkdir()
+            (tmp_path / "c" / "mine").write_text("mine")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "c", tmp_path / "c" / "mine"]
 
 
 def test_a_folder_takes_the_place_of_a_link_that_leads_nowhere(tmp_path):
