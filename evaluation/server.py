@@ -32,6 +32,7 @@ MOST_BYTES = 2**20
 # What a client may say beside these is about sampling, tools or formats: refused, not ignored.
 KNOWN = {"model", "messages", "max_tokens", "max_completion_tokens", "stream", "user", "seed"}
 KNOWN |= {"stream_options"}
+STREAM_OPTIONS = {"include_usage"}
 GREEDY = {"temperature": 0, "top_p": 1, "n": 1, "frequency_penalty": 0, "presence_penalty": 0}
 
 
@@ -73,6 +74,9 @@ def _checked(stage: Stage, asked, most: int) -> tuple[str, str, list[int], int]:
     for name, allowed in GREEDY.items():
         if asked.get(name, allowed) != allowed:
             raise HTTPException(400, f"{name}: replies are greedy, one at a time; leave it out")
+    options = asked.get("stream_options", {})
+    if not isinstance(options, dict) or options.keys() - STREAM_OPTIONS:
+        raise HTTPException(400, f"stream_options: give {', '.join(STREAM_OPTIONS)} or nothing")
     names = names_of(stage)
     name = asked.get("model") or names[0]
     if name not in names:
@@ -116,8 +120,8 @@ def reply_to(stage: Stage, asked, most: int) -> dict:
     }
 
 
-def as_stream(reply: dict) -> Response:
-    """The reply as a stream of one piece."""
+def as_stream(reply: dict, with_usage: bool = False) -> Response:
+    """The reply as a stream of one piece, with one of its usage where the client wants it."""
     choice = reply["choices"][0]
     common = {name: reply[name] for name in ("id", "created", "model")}
     common["object"] = "chat.completion.chunk"
@@ -125,6 +129,8 @@ def as_stream(reply: dict) -> Response:
         {**common, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
         for delta, reason in ((choice["message"], None), ({}, choice["finish_reason"]))
     ]
+    if with_usage:
+        pieces.append({**common, "choices": [], "usage": reply["usage"]})
     lines = [*map(json.dumps, pieces), "[DONE]"]
     text = "".join(f"data: {line}\n\n" for line in lines)
     return Response(text, media_type="text/event-stream")
@@ -161,7 +167,9 @@ def make_app(stage: Stage, most: int, host: str = "127.0.0.1") -> Starlette:
                 if not is_out_of_memory(error):
                     raise
                 raise HTTPException(503, "the machine is out of memory") from error
-        return as_stream(reply) if asked.get("stream") else JSONResponse(reply)
+        if not asked.get("stream"):
+            return JSONResponse(reply)
+        return as_stream(reply, bool((asked.get("stream_options") or {}).get("include_usage")))
 
     async def models(request):
         listed = [{"id": name, "object": "model", "owned_by": "local"} for name in names_of(stage)]

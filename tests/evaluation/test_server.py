@@ -101,6 +101,7 @@ REFUSALS = [
     (b'{"messages": [], "\\ud800": 1}', 400, "half a surrogate"),
     ({"messages": USER, "max_tokens": -1}, 400, "max_tokens"),
     ({"messages": USER, "tools": []}, 400, "not known here: tools"),
+    ({"messages": USER, "stream_options": {"pieces": 9}}, 400, "stream_options: give"),
 ]
 
 
@@ -113,6 +114,10 @@ def test_a_stream_is_one_piece_and_who_has_left_is_not_answered(stage, monkeypat
         first, end = (json.loads(piece.removeprefix("data: ")) for piece in pieces)
         assert last == "data: [DONE]" and end["choices"][0]["finish_reason"]
         assert first["choices"][0]["delta"] == whole["choices"][0]["message"]
+        wants_usage = {"stream": True, "stream_options": {"include_usage": True}}
+        client = httpx2.post(f"{address}/chat/completions", json=asked | wants_usage)
+        usage = json.loads(client.text.strip().split("\n\n")[-2].removeprefix("data: "))
+        assert usage["usage"] == whole["usage"] and usage["choices"] == []
         # Two wait behind one that takes long, and have left when it is their turn.
         answered, reply_to = [], server.reply_to
 
