@@ -108,6 +108,7 @@ class Job:
     Attributes:
         overlaps: a task whose rows are dropped here.
         is_whole: a published file that stays as it is: in its order, with its long rows.
+        is_test: a published test file, which keeps its duplicates too.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Job:
     sources: list
     overlaps: str = ""
     is_whole: bool = False
+    is_test: bool = False
     settings: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -175,7 +177,9 @@ def suite_jobs(cfg: PrepareConfig) -> list[Job]:
             source = SuiteFile(file.name, file)
             most = cfg.max_samples_per_task if kind == "full" else 0
             more = {"max_samples_per_task": most, "source_sha256": sha256_of(file)}
-            jobs.append(Job(name, target, [source], is_whole=True, settings=limits(cfg) | more))
+            more |= {"options_sha256": sha256_of(source.options_path)}
+            more = limits(cfg) | more
+            jobs.append(Job(name, target, [source], "", True, kind == "test", more))
     if not jobs:
         raise UserError("\n".join(problems))
     for problem in problems:
@@ -228,7 +232,7 @@ def prepare(cfg: PrepareConfig, job: Job, taken: set) -> tuple[str, dict]:
                 raise Drop("longer than max_chars")
             if (sample.instruction, sample.input) in taken:
                 raise Drop(f"also in {job.overlaps}")
-            if sample.key in keys:
+            if sample.key in keys and not job.is_test:
                 raise Drop("duplicate")
             keys.add(sample.key)
             if most and len(samples) == most:
@@ -280,8 +284,10 @@ def read_manifest(path: Path) -> dict:
 def held(folder: Path):
     """Within the block no other preparation writes to `folder`, and what a killed one left goes."""
     with run_lock([str(folder)], "prepare"):
-        for left in folder.glob(".*.jsonl.*.tmp"):
-            left.unlink()
+        # Of `atomic_file`; with a process id in their names, of earlier versions.
+        for pattern in (".*.jsonl.tmp", ".*.jsonl.*.tmp"):
+            for left in folder.glob(pattern):
+                left.unlink()
         yield
 
 

@@ -40,6 +40,11 @@ class Sample:
             raise WrongShape("empty instruction")
         if not self.output:
             raise WrongShape("empty output")
+        try:
+            "".join((self.instruction, self.input, self.output, self.rejected)).encode()
+        except UnicodeEncodeError:
+            # JSON can say it, and no file and no tokenizer can hold it.
+            raise WrongShape("half a surrogate pair") from None
         if self.key is None:
             self.key = self.instruction, self.input
 

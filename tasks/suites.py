@@ -51,12 +51,16 @@ class SuiteFile:
     path: Path
     options: list[str] = field(default_factory=list)
 
+    @property
+    def options_path(self) -> Path:
+        """Where O-LoRA lists them."""
+        return self.path.with_name("labels.json")
+
     def load(self, raw_dir: str) -> tuple[list, str]:
         """(rows, "raw"). Raises `UserError` where the file cannot be read."""
         rows = read_rows(str(self.path), "train")
-        labels = self.path.with_name("labels.json")
-        if labels.is_file():
-            self.options = list(map(str, read_rows(str(labels), "train")))
+        if self.options_path.is_file():
+            self.options = list(map(str, read_rows(str(self.options_path), "train")))
         return rows, "raw"
 
     def convert(self, row) -> Sample:

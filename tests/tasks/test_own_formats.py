@@ -13,7 +13,7 @@ from tasks.own import OwnFile
 from tasks.safety import convert_hh
 from tasks.source import Drop, WrongShape, without_placeholders
 from tasks.tool import convert_glaive
-from training.saving import run_lock
+from training.saving import atomic_file, run_lock
 from utils_data import read_jsonl
 
 ROW = {"instruction": "Say hi.", "input": "", "output": "Hi."}
@@ -109,6 +109,8 @@ def test_what_is_no_sample_is_dropped_by_reason(tmp_path):
         {**ROW, "output": {"a": 1}},
         dict.fromkeys(ROW),
         {**ROW, "rejected": "Go away."},
+        *({**ROW, name: "a \ud83d"} for name in ("instruction", "input", "output", "rejected")),
+        {**ROW, "output": "a \ud83d\ude00"},
     ]
     assert convert(tmp_path / "a.json", rows) == [
         "empty output",
@@ -116,6 +118,8 @@ def test_what_is_no_sample_is_dropped_by_reason(tmp_path):
         "output is no text",
         "empty row",
         {**ROW, "rejected": "Go away."},
+        *["half a surrogate pair"] * 4,
+        {**ROW, "output": "a \U0001f600"},
     ]
 
 
@@ -160,19 +164,20 @@ def prepare(tmp_path):
 
 def test_own_files_are_written_counted_and_told_how_to_train_on(prepare, tmp_path, capsys):
     rows = [{**ROW, "instruction": f"Say {i}."} for i in range(5)]
-    (tmp_path / "law.json").write_text(json.dumps([*rows, rows[0], {**ROW, "output": ""}]))
+    dropped = [rows[0], {**ROW, "output": ""}, {**ROW, "output": "\ud83d"}]
+    (tmp_path / "law.json").write_text(json.dumps([*rows, *dropped]))
     (tmp_path / "test.csv").write_text("question,answer\nWho?,Me\n")
     argv = ["--own", f"law={tmp_path}/law.json", f"law.test={tmp_path}/test.csv"]
     assert prepare(*argv) == 0
     out = capsys.readouterr().out
-    assert "1 empty output" in out and "1 duplicate" in out
+    assert "1 empty output" in out and "1 duplicate" in out and "1 half a surrogate pair" in out
     full = tmp_path / "data" / "full"
     assert f"--task_data law={full}/law_full.jsonl law.test={full}/law_test.jsonl" in out
     assert "--task_order law\n" in out
     assert sorted(map(str, read_jsonl(full / "law_full.jsonl"))) == sorted(map(str, rows))
     assert read(full / "law_test.jsonl") == [{"instruction": "Who?", "input": "", "output": "Me"}]
     manifest = json.loads((full / "manifest.json").read_text())
-    assert manifest["law"]["written"] == 5 and manifest["law"]["rows_read"] == 7
+    assert manifest["law"]["written"] == 5 and manifest["law"]["rows_read"] == 8
     assert prepare(*argv) == 0 and "law is prepared: 5 samples" in capsys.readouterr().out
     # Another content is not taken for this one.
     (tmp_path / "law.json").write_text(json.dumps(rows))
@@ -205,7 +210,8 @@ def test_the_published_layouts_give_files_that_the_config_names(prepare, tmp_pat
 
     easy = [{"instruction": f"Topic {i}?", "input": "x", "output": "Sports"} for i in range(3)]
     put("agnews/agnews_train.json", easy)
-    put("agnews/agnews_test.json", easy[:1])
+    # A published test file stays as it is: a row that stands there twice counts twice.
+    put("agnews/agnews_test.json", [easy[0], easy[0]])
     olora = [{"sentence": f"sentence 1: {i}\nsentence 2: b", "label": "neutral"} for i in range(2)]
     put("NLI/MNLI/train.json", olora)
     put("NLI/MNLI/dev.json", olora[:1])
@@ -216,10 +222,19 @@ def test_the_published_layouts_give_files_that_the_config_names(prepare, tmp_pat
     assert "--config long_sequence" in told.out
     cfg = config_class("long_sequence")(data_dir=str(tmp_path / "data"))
     assert read_jsonl(cfg.data_path("agnews")) == easy
-    assert read_jsonl(cfg.test_path("agnews")) == easy[:1]
+    assert read_jsonl(cfg.test_path("agnews")) == [easy[0], easy[0]]
     row = read_jsonl(cfg.data_path("MNLI"))[0]
     assert row["instruction"].endswith("Choose one from the option.\nOption: neutral, entailment")
     assert (row["input"], row["output"]) == (olora[0]["sentence"], "neutral")
+    # Other options make other instructions.
+    suite = ("--suite", "long_sequence", "--raw_dir", str(raw))
+    capsys.readouterr()
+    assert prepare(*suite) == 0 and "MNLI is prepared" in capsys.readouterr().out
+    put("NLI/MNLI/labels.json", ["neutral", "contradiction"])
+    assert prepare(*suite) == 2 and "MNLI.jsonl exists: give --overwrite" in capsys.readouterr().err
+    assert prepare(*suite, "--overwrite") == 0
+    row = read_jsonl(cfg.data_path("MNLI"))[0]
+    assert row["instruction"].endswith("Option: neutral, contradiction")
 
     put("FOMC/train.json", [{"prompt": "Stance?", "answer": "A"}])
     put("FOMC/test.json", [{"prompt": "Stance now?", "answer": "B"}])
@@ -258,7 +273,10 @@ def test_two_at_once_lose_nothing_and_a_death_between_files_is_mended(
         patch.setattr(prepare_datasets, "atomic_file", die)
         assert prepare(*argv, "--overwrite") == 130
     assert read(full / "law_full.jsonl") == [ROW]
-    (full / ".law_full.jsonl.1.tmp").write_text("half")
+    # What a run that was killed leaves of a task that this one does not write.
+    with atomic_file(full / "tax_full.jsonl"):
+        (left,) = full.glob(".*.tmp")
+    left.write_text("half")
     # The manifest knows what was to be replaced, with leave.
     assert prepare(*argv) == 0
     assert read(full / "law_full.jsonl")[0]["output"] == "Hello."
