@@ -169,6 +169,9 @@ def test_places(monkeypatch):
     assert find_places(1, "cuda:1") == [{}]
     assert find_places(2, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 2
     assert find_places(9, "auto")[8] == {"OMP_NUM_THREADS": "1"}
+    # For each level of nested work, as OpenMP has it.
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    assert find_places(2, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(side_by_side, "gpus_by_free_memory", lambda: ["GPU-b", "GPU-c", "GPU-a"])
     expected = [{"CUDA_VISIBLE_DEVICES": "GPU-b"}, {"CUDA_VISIBLE_DEVICES": "GPU-c"}]

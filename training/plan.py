@@ -63,6 +63,15 @@ def describe_parameters(model: nn.Module) -> str:
     return f"{trainable:,} trainable parameters, {frozen:,} frozen; branches beside {places}"
 
 
+def count_checkpoints(cfg, run_name: str, data: dict[str, TaskData]) -> int:
+    """How many a run leaves: a sequence one a task, a task alone one an epoch that it begins."""
+    if run_name == "seq":
+        return len(data)
+    (samples,) = data.values()
+    per_epoch, steps = count_steps(cfg, len(samples.train))
+    return -(-steps // per_epoch)
+
+
 def disk_bytes(cfg, model: nn.Module, data: dict[str, TaskData], checkpoints: int) -> int:
     """About what a run writes: `checkpoints`, and states of branches, AdamW and the method."""
     branches, tokenizer = branch_bytes(model), 8 * 2**20

@@ -35,6 +35,7 @@ from training.outputs import (
 from training.passes import Passes, StopSignals
 from training.plan import (
     check_disk,
+    count_checkpoints,
     describe_parameters,
     disk_bytes,
     report_plan,
@@ -150,9 +151,7 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         data = _prepared(cfg, tokenizer, rows)
         # The branches, without weights: what is wrong with them shows before a model is loaded.
         (plan,) = all_succeed([lambda: inject(cfg, skeleton(cfg, model_config))])
-        # A sequence leaves a checkpoint a task, a task alone one an epoch.
-        checkpoints = len(tasks) if run_name == "seq" else cfg.num_epochs
-        disk = disk_bytes(cfg, plan, data, checkpoints)
+        disk = disk_bytes(cfg, plan, data, count_checkpoints(cfg, run_name, data))
         all_succeed([partial(check_disk, cfg, disk)] if is_first() else [])
         if cfg.dry_run:
             report_plan(cfg, plan, data, device, disk, saved and saved[0])

@@ -117,7 +117,9 @@ def find_places(jobs: int, device: str) -> list[dict[str, str]]:
         raise UserError(f"--device {device}: with --jobs {jobs} give auto, cuda or cpu")
     has_gpu = device != "cpu" and torch.cuda.is_available()
     if not has_gpu and device != "cuda":
-        threads = int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())
+        # "4,2": two more for each of the four; we nest none.
+        asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+        threads = int(asked) if asked.isdecimal() else torch.get_num_threads()
         return [{"OMP_NUM_THREADS": str(max(1, threads // jobs))}] * jobs
     gpus = gpus_by_free_memory() if has_gpu else []
     if len(gpus) < jobs:

@@ -13,7 +13,7 @@ from methods import find_method, run_config
 from models.forward import cross_entropy
 from training.base_model import skeleton
 from training.memory import run_bytes
-from training.plan import count_parameters, disk_bytes, task_flops
+from training.plan import count_checkpoints, count_parameters, disk_bytes, task_flops
 from training.session import inject as inject_as_asked
 from utils_data import TaskData
 
@@ -50,6 +50,15 @@ def test_disk_counts_a_checkpoint_a_task_and_answers_over_the_whole_vocabulary(m
     few, all_classes = (disk_bytes(make_config(kd_top_k=k), model, data, 5) for k in (1, 0))
     probes, tokens = 4, 64
     assert all_classes - few == states * probes * tokens * 6 * (320 - 1)
+
+
+def test_a_task_alone_leaves_a_checkpoint_an_epoch_that_it_begins(make_config):
+    data = {"A": TaskData(range(50), range(5))}  # 7 steps an epoch.
+    limits = {0: 1000, 7: 1, 10: 2, 10**5: 1000}
+    for limit, expected in limits.items():
+        cfg = make_config(num_epochs=1000, max_steps_per_task=limit)
+        assert count_checkpoints(cfg, "single_A", data) == expected
+    assert count_checkpoints(cfg, "seq", data | {"B": data["A"]}) == 2
 
 
 SHAPES = {
