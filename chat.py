@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 from configs.command_line import Knobs, UserError, knob, num_processes
 from configs.ending import command_line, printable
-from evaluation.generate import Voice, continue_prompt, prompt_ids, prompt_samples
+from evaluation.generate import (
+    Voice,
+    answer_room,
+    continue_prompt,
+    prompt_ids,
+    prompt_samples,
+)
 from evaluation.readings import BASE, LATEST, READINGS, Stage, open_stage, read_as, sources_of
 from methods import parse_config
 
@@ -33,7 +39,9 @@ class Chat(Knobs):
 def main(argv=None):
     cfg, wanted = parse_config(argv, Chat, description=__doc__)
     if num_processes() > 1:
-        raise UserError("a chat is one process: start it without torchrun, or `unset WORLD_SIZE`")
+        raise UserError(
+            "a chat is one process: start it without torchrun, or `unset RANK WORLD_SIZE`"
+        )
     if wanted.serve:
         return serve(cfg, wanted)
     stage, reading, source = open_stage(cfg, wanted.checkpoint), LATEST, ""
@@ -92,13 +100,14 @@ def obey(stage: Stage, line: str, reading: str, source: str) -> tuple[str, str]:
 def say(stage: Stage, reading: str, source: str, text: str, max_new_tokens: int) -> None:
     """Prints the answer to `text` token by token."""
     row = {"instruction": text, "input": ""}
-    prompts = prompt_ids(stage.passes.template, [row], stage.cfg.max_seq_len)
+    room, limit = answer_room(stage, max_new_tokens)
+    prompts = prompt_ids(stage.passes.template, [row], room)
     (source,) = sources_of(stage, reading, source, prompt_samples(prompts))
     if READINGS[reading].is_routed:
         print(printable(f"({source})"))
     with read_as(stage, reading, source):
         voice = Voice(stage.passes.tokenizer)
-        continue_prompt(stage.passes, prompts[0], max_new_tokens, voice)
+        continue_prompt(stage.passes, prompts[0], limit, voice)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,18 @@ def prompt_ids(template: PromptTemplate, rows: list[dict], max_length: int) -> l
     return [template.join(prompt, max_length) for prompt in template.prompts(rows)]
 
 
+def answer_room(stage: Stage, max_new_tokens: int) -> tuple[int, int]:
+    """(tokens of a prompt, new tokens) at most, which the model has positions for together.
+
+    The prompt gives way, but not below half of the positions.
+    """
+    room, config = stage.cfg.max_seq_len, stage.passes.model.config.get_text_config()
+    if positions := getattr(config, "max_position_embeddings", None):
+        max_new_tokens = min(max_new_tokens, max(positions - room, positions // 2))
+        room = min(room, positions - max_new_tokens)
+    return room, max_new_tokens
+
+
 @contextlib.contextmanager
 def greedy(model, template: PromptTemplate, max_new_tokens: int):
     """Within the block `model.generate` is greedy up to the end of a reply in `template`.
@@ -142,8 +154,8 @@ def answer(
     Args:
         max_new_tokens: 0: as many as the task wants.
     """
-    prompts = prompt_ids(stage.passes.template, rows, stage.cfg.max_seq_len)
-    limit = max_new_tokens or find_task(task).max_new_tokens
+    room, limit = answer_room(stage, max_new_tokens or find_task(task).max_new_tokens)
+    prompts = prompt_ids(stage.passes.template, rows, room)
     replies, sources = [""] * len(rows), [""] * len(rows)
     for source, chosen in sources_of(stage, reading, task, prompt_samples(prompts)).items():
         with read_as(stage, reading, source):

@@ -11,7 +11,13 @@ from evaluation.generate import left_padded, prompt_ids, prompt_samples
 from evaluation.questions import Questions, score
 from evaluation.readings import Stage, read_as, sources_of
 from models.answers import everywhere
-from models.forward import evaluation, picked_log_probs, response_logits, response_tokens
+from models.forward import (
+    IGNORE,
+    evaluation,
+    picked_log_probs,
+    response_logits,
+    response_tokens,
+)
 from tasks.choice import LIKELIEST, normal
 from tasks.prompt import REJECTED
 from training.passes import Passes, progress_bar
@@ -51,9 +57,12 @@ def option_losses(
 ) -> torch.Tensor:
     """(prompts, options) fp32: mean loss of each option's tokens after each prompt, in nats.
 
-    A prompt is read once, whatever the number of its options. The prompts are shared among the
-    processes; every one gets all losses.
+    A prompt is read once, whatever the number of its options, unless what the model keeps of it
+    can be read on only once. The prompts are shared among the processes; every one gets all losses.
     """
+    if not _has_lasting_cache(passes):
+        samples = [_sample(prompt, option) for prompt in prompts for option in options]
+        return sample_losses(passes, samples).view(len(prompts), len(options)).float()
     longest = max(map(len, options))
     # After each option the prompt stands in the cache once more.
     lengths = [(len(prompt) + longest) * len(options) for prompt in prompts]
@@ -73,6 +82,23 @@ def option_losses(
 
     losses = everywhere(gather, passes.with_less_memory(run))
     return torch.stack([losses[i] for i in range(len(prompts))])
+
+
+def _has_lasting_cache(passes: Passes) -> bool:
+    """Whether several texts can go on from one reading: keys and values stay, a state moves on."""
+    if getattr(passes.model, "_is_stateful", False):
+        return False
+    ids = torch.tensor([[passes.tokenizer.eos_token_id]], device=passes.device)
+    with evaluation(passes.model):
+        cache = getattr(passes.model(input_ids=ids, use_cache=True), "past_key_values", None)
+    layers = getattr(cache, "layers", [cache])
+    return all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
+
+
+def _sample(prompt: list[int], response: list[int]) -> dict:
+    """A sample of token ids; without an id, as its prefix is not kept."""
+    labels = torch.tensor([IGNORE] * len(prompt) + response)
+    return {"id": "", "input_ids": torch.tensor(prompt + response), "labels": labels}
 
 
 def _losses(model: nn.Module, inputs: dict, options: list[list[int]], pad: int) -> torch.Tensor:

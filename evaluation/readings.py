@@ -295,6 +295,9 @@ def open_stage(cfg, checkpoint: str) -> Stage:
     `UserError` where the folder is no such checkpoint or was trained on another base model.
     """
     folder, facts = Path(checkpoint), {}
+    if folder.name in ("", ".."):
+        # The folder's name is the stage's.
+        folder = folder.resolve()
     if checkpoint != BASE:
         try:
             facts, peft = read_facts(folder)

@@ -10,7 +10,7 @@ import transformers
 
 from configs.command_line import is_first
 from evaluation.card import model_card
-from evaluation.generate import ask, generate, prompt_ids
+from evaluation.generate import answer_room, ask, generate, prompt_ids
 from evaluation.likelihood import choose, prefer
 from evaluation.matrix import (
     format_costs,
@@ -143,8 +143,9 @@ class SequenceReport:
             for number, row in enumerate(self.questions[task].rows[:ANSWERS_SHOWN])
         ]
         rows = [row for *_, row in first]
-        prompts = prompt_ids(self.passes.template, rows, self.cfg.max_seq_len)
-        replies = generate(self.passes, prompts, ANSWER_TOKENS, f"{self.now.name}: answers")
+        room, limit = answer_room(self.now, ANSWER_TOKENS)
+        prompts = prompt_ids(self.passes.template, rows, room)
+        replies = generate(self.passes, prompts, limit, f"{self.now.name}: answers")
         for (task, number, _), reply in zip(first, replies, strict=True):
             self.samples.write(stage=self.now.name, task=task, number=number, reply=reply)
 

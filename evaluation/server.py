@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from configs.command_line import UserError
 from configs.ending import is_out_of_memory
-from evaluation.generate import continue_prompt, prompt_samples
+from evaluation.generate import answer_room, continue_prompt, prompt_samples
 from evaluation.readings import READINGS, Stage, read_as, sources_of
 from models.reading import parse_json
 from tasks.own import OwnFile
@@ -84,12 +84,13 @@ def _checked(stage: Stage, asked, most: int) -> tuple[str, str, list[int], int]:
     limit = asked.get("max_completion_tokens", asked.get("max_tokens", most))
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise HTTPException(400, "max_tokens: give a whole number from 1 on")
-    template, room = stage.passes.template, stage.cfg.max_seq_len
+    template = stage.passes.template
+    room, limit = answer_room(stage, min(limit, most))
     prompt = template.join(template.prompts([_row(asked.get("messages"))])[0], 10**9)
     if len(prompt) > room:
         raise HTTPException(400, f"messages: {len(prompt)} tokens; at most {room} can be read")
     reading, _, task = name.partition(":")
-    return reading, task, prompt, min(limit, most)
+    return reading, task, prompt, limit
 
 
 def reply_to(stage: Stage, asked, most: int) -> dict:

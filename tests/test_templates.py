@@ -255,6 +255,9 @@ def test_a_run_records_its_template_and_what_reads_it_follows(
     # Whatever is given: the checkpoint's.
     stage = open_stage(make_config(**settings), str(folder))
     assert stage.cfg.prompt_template == stage.passes.template.kind == "chat"
+    with monkeypatch.context() as inside:
+        inside.chdir(folder)
+        assert open_stage(make_config(**settings), ".").name == "T2_math"
     asked = [*argv, "--checkpoint", str(folder), "--max_new_tokens", "3"]
     assert evaluate_tasks.main(asked) == 0
     assert read(tmp_path / "logs" / "scores_T2_math.jsonl")

@@ -20,19 +20,28 @@ from helpers import (
     read,
     write_rows,
 )
+from transformers import OPTConfig, OPTForCausalLM
 
 import chat
 import evaluate_tasks
 import train_slsd_seq
 from configs.command_line import UserError
-from evaluation.generate import Voice, generate, left_padded, prompt_ids
+from evaluation.generate import (
+    Voice,
+    answer,
+    answer_room,
+    generate,
+    left_padded,
+    prompt_ids,
+)
 from evaluation.questions import (
     Questions,
     benchmark_questions,
     judge_all,
     score,
 )
-from evaluation.readings import BASE, Stage
+from evaluation.readings import BASE, LATEST, Stage
+from evaluation.server import reply_to
 from evaluation.unfinished import Unfinished
 from models.forward import IGNORE
 from tasks.code import judge_code
@@ -465,6 +474,28 @@ def test_a_chat_says_what_generation_says(passes, make_config, monkeypatch, caps
     row = {"instruction": "sum 1 and 2", "input": ""}
     prompts = prompt_ids(passes.template, [row], stage.cfg.max_seq_len)
     assert capsys.readouterr().out.strip() == generate(passes, prompts, 9)[0]
+
+
+def test_an_answer_ends_at_the_models_last_position(make_config, tokenizer, capsys):
+    """With learned positions there is none behind it; the prompt is as long as may be."""
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "vocab_size": 320, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    model = inject(OPTForCausalLM(OPTConfig(**sizes)), frozen=1)
+    cfg = make_config(max_seq_len=64, num_frozen_layers=1)
+    passes = Passes(cfg, model, tokenizer, torch.device("cpu"), StopSignals())
+    # No reply ends by itself.
+    passes.template.stop = [999]
+    stage, text = Stage(BASE, cfg, passes), "sum " * 90
+    assert [answer_room(stage, n) for n in (8, 32, 10**5)] == [(56, 8), (32, 32), (32, 32)]
+    answer(stage, LATEST, "T2_math", [{"instruction": text, "input": ""}], 8)
+    chat.say(stage, LATEST, "", text, 10**5)
+    assert capsys.readouterr().out
+    said = {"messages": [{"role": "user", "content": "sum 1 and 2"}], "max_tokens": 60}
+    assert reply_to(stage, said, 100)["usage"]["completion_tokens"] == 32
+    # Where there are more, nothing changes.
+    model.config.max_position_embeddings = 2048
+    assert answer_room(stage, 256) == (64, 256)
 
 
 def test_what_a_model_says_cannot_steer_the_terminal(tokenizer, capsys):
