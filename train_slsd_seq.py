@@ -10,8 +10,6 @@ import time
 from functools import reduce
 from pathlib import Path
 
-import torch
-
 from configs.command_line import num_processes
 from configs.ending import command_line
 from evaluation.report import SequenceReport
@@ -84,7 +82,7 @@ def costs_of_stage(cfg, session: Session, stage: str, method: Method) -> dict:
     All that the stage read counts, also before its first step and after its last.
     """
     before, now = session.journal.position["read_before"], session.passes.samples_read
-    read = torch.tensor([now[kind] - before[kind] for kind in now], dtype=torch.float64)
+    of_each = gather({kind: now[kind] - before[kind] for kind in now})
     _, steps = count_steps(cfg, len(session.data[stage].train))
     kept = sum(tensor.nbytes for tensor in method.state().values())
     if kept:
@@ -92,7 +90,7 @@ def costs_of_stage(cfg, session: Session, stage: str, method: Method) -> dict:
     return {
         "samples_kept": method.num_kept,
         "bytes_kept": kept,
-        "samples_a_step": dict(zip(now, (sum_over_processes(read) / steps).tolist(), strict=True)),
+        "samples_a_step": {kind: sum(read[kind] for read in of_each) / steps for kind in now},
     }
 
 
