@@ -116,7 +116,8 @@ def _summary_problem(summary) -> str:
         **{key: not number_or_none(summary.get(key)) for key in METRICS},
     }
     if not any(problems.values()):
-        shape = len(stages) + 1, len(tasks)
+        # A row for each task, though a joint run has one stage.
+        shape = len(tasks) + 1, len(tasks)
         of_accuracy = accuracy.get("matrix")
         problems["matrix"] = not _is_matrix(matrix, *shape) or None in matrix[0]
         problems["accuracy"] = of_accuracy is not None and not _is_matrix(of_accuracy, *shape)

@@ -8,6 +8,7 @@ import numpy as np
 from helpers import errors, write_run
 
 import plot_loss
+import train_slsd_seq
 from evaluation.finished import brief_names
 from evaluation.matrix import forgetting
 
@@ -266,3 +267,16 @@ def test_the_tables_fit_a_terminal(tmp_path):
     assert plot_loss.main(argv) == 0
     lines = (tmp_path / "compare.md").read_text().splitlines()
     assert max(len(line) for line in lines if line.startswith("|")) <= 120
+
+
+def test_a_joint_run_is_compared_with_a_sequence(flags, tmp_path):
+    """Real summaries: all tasks are one stage of the first."""
+    names = ["joint", "seq_lora"]
+    for name in names:
+        here = {"log_dir": tmp_path / name, "save_dir": tmp_path / "checkpoints" / name}
+        more = {"task_order": ["T1_general", "T2_math"], "max_steps_per_task": 1, **here}
+        assert train_slsd_seq.main(flags(method=name, **more)) == 0
+    runs = [str(tmp_path / name) for name in names]
+    assert plot_loss.main(["compare", *runs, "--log_dir", str(tmp_path)]) == 0
+    text = (tmp_path / "compare.md").read_text()
+    assert cells_of(text, "joint")["final ↓"] and not cells_of(text, "joint")["forgetting ↓"]
