@@ -59,8 +59,10 @@ sys.stdout.flush()
 time.sleep(30)
 """
 MAIN = f"""
-import sys
+import signal, sys
 from training.side_by_side import Command, run_side_by_side
+# A shell's background job, as CI may be, ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 commands = [Command(name, [sys.executable, "-c", {SAVES!r}, name]) for name in sys.argv[1:]]
 codes, number = run_side_by_side(commands, [{{}}, {{}}])
 sys.exit(number + 1 if sorted(codes) == sys.argv[1:3] else 1)
