@@ -178,8 +178,8 @@ def suite_jobs(cfg: PrepareConfig) -> list[Job]:
             most = cfg.max_samples_per_task if kind == "full" else 0
             more = {"max_samples_per_task": most, "source_sha256": sha256_of(file)}
             more |= {"options_sha256": sha256_of(source.options_path)}
-            more = limits(cfg) | more
-            jobs.append(Job(name, target, [source], "", True, kind == "test", more))
+            kinds = {"is_whole": True, "is_test": kind == "test"}
+            jobs.append(Job(name, target, [source], **kinds, settings=limits(cfg) | more))
     if not jobs:
         raise UserError("\n".join(problems))
     for problem in problems:

@@ -60,7 +60,7 @@ def option_losses(
     A prompt is read once, whatever the number of its options, unless what the model keeps of it
     can be read on only once. The prompts are shared among the processes; every one gets all losses.
     """
-    if not _has_lasting_cache(passes):
+    if not passes.has_lasting_cache:
         samples = [_sample(prompt, option) for prompt in prompts for option in options]
         return sample_losses(passes, samples).view(len(prompts), len(options)).float()
     longest = max(map(len, options))
@@ -82,17 +82,6 @@ def option_losses(
 
     losses = everywhere(gather, passes.with_less_memory(run))
     return torch.stack([losses[i] for i in range(len(prompts))])
-
-
-def _has_lasting_cache(passes: Passes) -> bool:
-    """Whether several texts can go on from one reading: keys and values stay, a state moves on."""
-    if getattr(passes.model, "_is_stateful", False):
-        return False
-    ids = torch.tensor([[passes.tokenizer.eos_token_id]], device=passes.device)
-    with evaluation(passes.model):
-        cache = getattr(passes.model(input_ids=ids, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", [cache])
-    return all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
 
 
 def _sample(prompt: list[int], response: list[int]) -> dict:

@@ -73,9 +73,9 @@ class Folding:
         order = random.Random(f"{self.cfg.seed}/{task}/gram")
         chosen = [samples[i] for i in order.sample(range(len(samples)), size)]
         tools = self.tools
-        read = partial(gram_matrices, self.model, tools.make_passes, chosen)
-        grams, owners = tools.with_less_memory(lambda: read(tools.gather, tools.add_up))
-        tools.with_less_memory(lambda: self.consolidation.fold(grams, owners))
+        how = tools.make_passes, chosen, tools.gather, tools.add_up
+        found = tools.with_less_memory(partial(gram_matrices, self.model, *how))
+        tools.with_less_memory(partial(self.consolidation.fold, *found))
 
     def state(self) -> dict:
         """Its part of a method's state; `restore` finds it there."""

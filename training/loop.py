@@ -87,7 +87,8 @@ class TaskTraining:
             (facts, parts), journal.training = journal.training, None
             self.start, self.window = facts["step"], Window(facts["window"])
             self.watch.skipped = facts["skipped"]
-            self.owes_epoch_end = facts["owes_epoch_end"]
+            # A state of before there was such a debt has none.
+            self.owes_epoch_end = facts.get("owes_epoch_end", False)
             self.scaler.load_state_dict(facts["scaler"])
             load_optimizer(self.optimizer, parts["optimizer"])
 

@@ -258,6 +258,17 @@ class Passes:
             return False
         return True
 
+    @functools.cached_property
+    def has_lasting_cache(self) -> bool:
+        """Whether several texts can go on from one reading: keys stay, a state moves on."""
+        if getattr(self.model, "_is_stateful", False):
+            return False
+        ids = torch.tensor([[self.tokenizer.eos_token_id]], device=self.device)
+        with evaluation(self.model):
+            cache = getattr(self.model(input_ids=ids, use_cache=True), "past_key_values", None)
+        layers = getattr(cache, "layers", [cache])
+        return all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
+
     @property
     def _family(self) -> str:
         return type(self.model).__name__
