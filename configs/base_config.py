@@ -186,6 +186,12 @@ class BaseConfig(Knobs):
         False,
         "evaluate every reading of the branches after each stage, and the tasks not yet seen too",
     )
+    light_evaluation: bool = knob(
+        False,
+        "measure each task when just learned and all at the end, latest alone: enough for learning,"
+        " forgetting and final mean, and most of a long sequence's time saved",
+        decides=False,
+    )
     generate: bool = knob(
         False, "after each stage answer the held-out samples of the tasks seen, and score them"
     )
@@ -306,6 +312,8 @@ class BaseConfig(Knobs):
 
     def problems(self):
         found = super().problems() + task_problems(self)
+        if self.all_readings and self.light_evaluation:
+            found.append("all_readings and light_evaluation are both true: give one of them")
         if self.shard and num_processes() == 1:
             found.append(
                 "--shard true: one process has nobody to share the model with; start several with "

@@ -134,8 +134,9 @@ def rows_of(groups: Groups, columns: Columns) -> list[list[str]]:
 def compare_tables(groups: Groups, reference: str = "") -> str:
     """All groups by metric, reading, cost and score, and against the method `reference`."""
     a_run, methods = next(iter(groups.values()))[0], over_orders(groups)
-    base = mean(loss for loss in a_run.summary["matrix"][0] if loss is not None)
-    of_base = ["base", "", *(f"{base:.3f}" if name == "final ↓" else "" for name in RESULTS)]
+    # Light evaluation leaves the base out.
+    base = told(mean(loss for loss in a_run.summary["matrix"][0] if loss is not None), ".3f")
+    of_base = ["base", "", *(base if name == "final ↓" else "" for name in RESULTS)]
     parts = [
         "Losses in nats per response token, mean ± standard deviation over seeds, @all over the "
         "orders' means; ↓ lower is better, ↑ higher.",

@@ -12,6 +12,7 @@ from evaluation.logs import number, number_or_none, read_log, read_summary, text
 from evaluation.matrix import forgetting, mean, summarise_scores
 from methods.method import JOINT
 from models.reading import MIB
+from training.identity import differences
 
 
 @dataclass
@@ -180,6 +181,11 @@ def by_method(groups: dict[str, list[FinishedRun]]) -> dict[str, dict[str, list[
 
 # The base's loss on the same samples varies by rounding only, in half precision by less than this.
 SAME_BASE = 0.02
+# What decides the base's loss, for runs that did not measure it (--light_evaluation).
+OF_THE_BASE = re.compile(
+    "(test )?data of .*|base_model|quantization|weights|tokenizer|gguf_sha256|prompt_template|"
+    "max_seq_len|holdout_fraction|eval_samples_per_task"
+)
 
 
 def check_alike(runs: list[FinishedRun]) -> None:
@@ -189,9 +195,19 @@ def check_alike(runs: list[FinishedRun]) -> None:
     )
     for run, base in zip(runs[1:], others, strict=True):
         if base.keys() != first.keys() or any(
-            abs(base[task] - first[task]) > SAME_BASE for task in first
+            abs(base[task] - loss) > SAME_BASE
+            for task, loss in first.items()
+            if None not in (loss, base[task])
         ):
             raise UserError(
                 f"{run.folder} and {runs[0].folder} differ in tasks, base model or held-out "
                 "samples (row base of the matrix): compare like with like"
+            )
+        ours, theirs = (
+            {k: v for k, v in x.summary.get("identity", {}).items() if OF_THE_BASE.fullmatch(k)}
+            for x in (run, runs[0])
+        )
+        if None in (*first.values(), *base.values()) and (differing := differences(theirs, ours)):
+            raise UserError(
+                f"{run.folder} and {runs[0].folder} differ ({differing}): compare like with like"
             )

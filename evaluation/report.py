@@ -75,6 +75,8 @@ class SequenceReport:
 
     def base(self) -> None:
         """Row 0: the untouched model on every task."""
+        if self.cfg.light_evaluation:
+            return
         self.evaluate(self.cfg.task_order)
         self.score(self.cfg.task_order)
 
@@ -86,14 +88,18 @@ class SequenceReport:
             add_to_router(self.now)
             further["router"] = self.now.router.state()
         self.journal.save_checkpoint(f"seq_{stage}", self.card(seen), **further)
-        further = self.cfg.task_order if self.cfg.all_readings else seen
-        self.evaluate([*further, *self.next_choice(further)])
-        if self.cfg.all_readings or is_last:
-            for reading in self.others:
-                self.evaluate(seen, reading)
+        if self.cfg.light_evaluation:
+            further = seen if is_last else [stage]
+            self.evaluate(further)
+        else:
+            further = self.cfg.task_order if self.cfg.all_readings else seen
+            self.evaluate([*further, *self.next_choice(further)])
+            if self.cfg.all_readings or is_last:
+                for reading in self.others:
+                    self.evaluate(seen, reading)
+            self.measure_drift()
+            self.log_first_answers(seen)
         self.journal.renew_card(f"seq_{stage}", self.card(seen))
-        self.measure_drift()
-        self.log_first_answers(seen)
         self.score(further)
 
     def next_choice(self, seen: list[str]) -> list[str]:
@@ -168,7 +174,7 @@ class SequenceReport:
         evaluations = self.losses.read()
         matrix = loss_matrix(evaluations, tasks)
         print(format_matrix(matrix, tasks, joint))
-        if self.others:
+        if self.others and not self.cfg.light_evaluation:
             meanings = {name: reading.meaning for name, reading in READINGS.items()}
             print(format_readings(evaluations, tasks, meanings | self.method.meanings))
         stages = self.journal.position["stages"]
@@ -189,7 +195,8 @@ class SequenceReport:
                 **{k: _finite(v) for k, v in summarise_scores(accuracies, joint).items()},
             }
         references = {n: [row["output"] for row in q.rows] for n, q in self.questions.items()}
-        print(format_samples(self.samples.read(), references))
+        if samples := self.samples.read():
+            print(format_samples(samples, references))
         on_gpu = self.passes.device.type == "cuda"
         write_json(
             f"{self.cfg.log_dir}/seq_summary.json",

@@ -94,7 +94,8 @@ def run_identity(cfg, tasks: list[str], about_base: dict) -> dict:
     data = {f"data of {task}": file_sha256(cfg.data_path(task)) for task in tasks}
     tests = {f"test data of {t}": file_sha256(cfg.test_path(t)) for t in tasks if cfg.test_path(t)}
     # Fields that the states of older runs do not have: they count where they are given.
-    given = {k: v for k in ("task_judges", "use_rslora") if (v := getattr(cfg, k))}
+    later = ("task_judges", "use_rslora", "light_evaluation")
+    given = {k: v for k in later if (v := getattr(cfg, k))}
     own = {"method file": file_sha256(cfg.method)} if cfg.method.endswith(".py") else {}
     base = base_identity(about_base)
     return {**config, **base, **data, **tests, **given, **own, "state": STATE_VERSION}

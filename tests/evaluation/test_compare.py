@@ -1,5 +1,6 @@
 """Finished runs in tables: by method, order and reading, and paired against a reference."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -280,3 +281,38 @@ def test_a_joint_run_is_compared_with_a_sequence(flags, tmp_path):
     assert plot_loss.main(["compare", *runs, "--log_dir", str(tmp_path)]) == 0
     text = (tmp_path / "compare.md").read_text()
     assert cells_of(text, "joint")["final ↓"] and not cells_of(text, "joint")["forgetting ↓"]
+
+
+def test_light_evaluation_measures_the_two_ends_of_each_task(flags, tmp_path, capsys):
+    """The same training, and of its matrix the cells that learning, forgetting and the end need."""
+    tasks = ["T1_general", "T2_math", "T3_code"]
+    changes = {
+        "full": {},
+        "light": {"light_evaluation": True},
+        "other": {"light_evaluation": True, "eval_samples_per_task": 3},
+    }
+    summaries = {}
+    for name, more in changes.items():
+        here = {"log_dir": tmp_path / name, "save_dir": tmp_path / "checkpoints" / name}
+        more = {"eval_samples_per_task": 4, **more}
+        assert train_slsd_seq.main(flags(task_order=tasks, method="ewc", **here, **more)) == 0
+        summaries[name] = json.loads((tmp_path / name / "seq_summary.json").read_text())
+    full, light = summaries["full"], summaries["light"]
+    both_ends = [(1, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
+    for t, i in itertools.product(range(4), range(3)):
+        expected = full["matrix"][t][i] if (t, i) in both_ends else None
+        assert light["matrix"][t][i] == expected
+    for metric in ("learning_loss", "backward_transfer", "average_final_loss"):
+        assert light[metric] == full[metric]
+    adapters = [
+        (tmp_path / "checkpoints" / name / "seq_T3_code" / "adapter_model.safetensors").read_bytes()
+        for name in ("full", "light")
+    ]
+    assert adapters[0] == adapters[1]
+    runs, there = {name: str(tmp_path / name) for name in changes}, ["--log_dir", str(tmp_path)]
+    assert plot_loss.main(["compare", runs["light"], runs["full"], *there]) == 0
+    capsys.readouterr()
+    assert plot_loss.main(["compare", runs["light"], runs["other"], *there]) == 2
+    (line,) = errors(capsys)
+    assert "eval_samples_per_task 4 -> 3" in line
+    assert plot_loss.main(["report", runs["light"], *there]) == 0
