@@ -178,7 +178,7 @@ class InstructionDataset(Dataset):
 
 def collate_fn(batch: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Pads on the right to (batch, longest): what any `AutoModelForCausalLM` takes."""
-    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE}
+    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE, "parents": 0}
     return {
         key: pad_sequence([sample[key] for sample in batch], batch_first=True, padding_value=value)
         for key, value in padding.items()

@@ -1,13 +1,12 @@
 """What a model holds for likely, which needs no generation: an option of a closed set, a better
 reply rather than a worse one."""
 
-import inspect
+import hashlib
 
 import torch
-from torch import nn
 from torch.utils.data import Subset
 
-from evaluation.generate import left_padded, prompt_ids, prompt_samples
+from evaluation.generate import prompt_ids, prompt_samples
 from evaluation.questions import Questions, score
 from evaluation.readings import Stage, read_as, sources_of
 from models.answers import everywhere
@@ -37,16 +36,19 @@ def choose(stage: Stage, reading: str, questions: Questions) -> list[dict]:
     rows = [row for row in questions.rows if normal(row["output"]) in right]
     if not rows:
         return []
-    template = stage.passes.template
+    passes, template = stage.passes, stage.passes.template
     responses = template.responses([{"output": option} for option in options])
     room = stage.cfg.max_seq_len - max(map(len, responses))
     prompts = prompt_ids(template, rows, room)
+    samples = [branching_sample(prompt, responses) for prompt in prompts]
+    if passes.branches_to(stage.cfg.max_seq_len):
+        passes.keep_prefix(samples, f"frozen layers, {questions.task} options")
     chosen = {}
     for source, of_source in sources_of(
         stage, reading, questions.task, prompt_samples(prompts)
     ).items():
         with read_as(stage, reading, source):
-            losses = option_losses(stage.passes, [prompts[i] for i in of_source], responses)
+            losses = option_losses(passes, [prompts[i] for i in of_source], responses)
         chosen.update(zip(of_source, losses.argmin(1).tolist(), strict=True))
     correct = [chosen[i] == right[normal(row["output"])] for i, row in enumerate(rows)]
     return [_line(stage, reading, questions, LIKELIEST, correct)]
@@ -57,72 +59,51 @@ def option_losses(
 ) -> torch.Tensor:
     """(prompts, options) fp32: mean loss of each option's tokens after each prompt, in nats.
 
-    A prompt is read once, whatever the number of its options, unless what the model keeps of it
-    can be read on only once. The prompts are shared among the processes; every one gets all losses.
+    A prompt is read once, whatever the number of its options, where the model reads rows that
+    branch. The prompts are shared among the processes; every one gets all losses.
     """
-    if not passes.has_lasting_cache:
+    if not passes.branches_to(max(map(len, prompts)) + max(map(len, options))):
         samples = [_sample(prompt, option) for prompt in prompts for option in options]
         return sample_losses(passes, samples).view(len(prompts), len(options)).float()
-    longest = max(map(len, options))
-    # After each option the prompt stands in the cache once more.
-    lengths = [(len(prompt) + longest) * len(options) for prompt in prompts]
+    samples = [branching_sample(prompt, options) for prompt in prompts]
+    lengths = torch.tensor([len(option) for option in options])
 
     def run() -> dict[int, torch.Tensor]:
         found = {}
-        progress = progress_bar(len(prompts), "likeliest option", "sample")
+        progress = progress_bar(len(samples), "likeliest option", "sample")
         with evaluation(passes.model), progress:
-            for batch in passes.batches(lengths):
-                inputs = left_padded(
-                    [prompts[i] for i in batch], passes.tokenizer.pad_token_id, passes.device
-                )
-                losses = _losses(passes.model, inputs, options, passes.tokenizer.pad_token_id)
-                found.update(zip(batch, losses.cpu(), strict=True))
-                progress.update(len(batch))
+            for indices, batch, targets in passes.make(samples):
+                logits = response_logits(passes.model, **batch)
+                log_probs = picked_log_probs(logits, targets[:, None]).view(len(indices), -1)
+                of_options = log_probs.cpu().split(lengths.tolist(), dim=1)
+                totals = torch.stack([of_option.sum(1) for of_option in of_options], 1)
+                found.update(zip(indices, -totals / lengths, strict=True))
+                progress.update(len(indices))
         return found
 
     losses = everywhere(gather, passes.with_less_memory(run))
     return torch.stack([losses[i] for i in range(len(prompts))])
 
 
+def branching_sample(prompt: list[int], options: list[list[int]]) -> dict:
+    """`prompt` with all `options` after it, each of which follows the prompt: one sample.
+
+    "parents" (length,) long: the token that each one follows, see `told_of_branches`.
+    """
+    ids, parents = list(prompt), [0, *range(len(prompt) - 1)]
+    for option in options:
+        parents += [len(prompt) - 1, *range(len(ids), len(ids) + len(option) - 1)]
+        ids += option
+    input_ids, follows = torch.tensor(ids), torch.tensor(parents)
+    labels = torch.where(torch.arange(len(ids)) < len(prompt), IGNORE, input_ids)
+    name = hashlib.sha256(torch.stack([input_ids, follows]).numpy().tobytes()).hexdigest()
+    return {"id": name, "input_ids": input_ids, "labels": labels, "parents": follows}
+
+
 def _sample(prompt: list[int], response: list[int]) -> dict:
     """A sample of token ids; without an id, as its prefix is not kept."""
     labels = torch.tensor([IGNORE] * len(prompt) + response)
     return {"id": "", "input_ids": torch.tensor(prompt + response), "labels": labels}
-
-
-def _losses(model: nn.Module, inputs: dict, options: list[list[int]], pad: int) -> torch.Tensor:
-    """Of one batch of prompts, padded on the left: (batch, options) fp32."""
-    mask, n = inputs["attention_mask"], len(options)
-    longest = max(map(len, options))
-    ids = torch.tensor([o + [pad] * (longest - len(o)) for o in options], device=mask.device)
-    lengths = torch.tensor([len(o) for o in options], device=mask.device)
-
-    known = inspect.signature(model.forward).parameters
-
-    def more(of_mask: torch.Tensor, last: int, keep: int) -> dict:
-        # Padding does not count. Models without positions are told none.
-        positions = (of_mask.cumsum(-1) - 1).clamp(min=0)[:, -last:]
-        wanted = {"position_ids": positions, "logits_to_keep": keep}
-        return {name: value for name, value in wanted.items() if name in known}
-
-    read = model(**inputs, **more(mask, mask.shape[1], keep=1), use_cache=True)
-    cache = read.past_key_values
-    cache.batch_repeat_interleave(n)
-    of_option = ids.repeat(len(mask), 1)
-    whole = torch.cat([mask.repeat_interleave(n, 0), torch.ones_like(of_option)], 1)
-    after = model(
-        input_ids=of_option,
-        attention_mask=whole,
-        **more(whole, longest, keep=longest),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    first = read.logits[:, -1:].repeat_interleave(n, 0)
-    logits = torch.cat([first, after.logits[:, :-1]], 1)
-    log_probs = picked_log_probs(logits.flatten(0, 1), of_option.flatten()[:, None])
-    counts = torch.arange(longest, device=mask.device) < lengths[:, None]
-    total = (log_probs.view(len(mask), n, longest) * counts).sum(-1)
-    return -total / lengths
 
 
 def prefer(stage: Stage, reading: str, questions: Questions) -> list[dict]:

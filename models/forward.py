@@ -22,8 +22,37 @@ def seed_torch(*what) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "big"))
 
 
+def told_of_branches(model, parents: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What `model` is told beside the ids of a batch, some of whose rows branch like a tree.
+
+    A token sees the tokens that lead to it and no others, and its position is their number.
+
+    Args:
+        parents: (batch, length) long, the token that each one follows, an earlier one; None where
+            each follows the one before it: nothing need be told.
+
+    Returns:
+        "attention_mask" (batch, 1, length, length), added to the scores, and "position_ids"
+        (batch, length).
+    """
+    if parents is None:
+        return {}
+    number, length = parents.shape
+    sees = torch.eye(length, dtype=torch.bool, device=parents.device).repeat(number, 1, 1)
+    rows = torch.arange(number, device=parents.device)
+    for i in range(1, length):
+        sees[:, i] |= sees[rows, parents[:, i]]
+    mask = torch.zeros(sees.shape, dtype=model.dtype, device=parents.device)
+    mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
+    return {"attention_mask": mask[:, None], "position_ids": sees.sum(-1) - 1}
+
+
 def response_logits(
-    model, input_ids: torch.Tensor, positions: torch.Tensor, start=contextlib.nullcontext
+    model,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    start=contextlib.nullcontext,
+    parents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits at the positions that predict response tokens, row by row.
 
@@ -34,6 +63,7 @@ def response_logits(
         input_ids: (batch, length) long, padded on the right; a causal mask needs no other mask.
         positions: (n,) long, into the flattened batch.
         start: makes a context in which the model runs, see `FrozenPrefix.start`.
+        parents: see `told_of_branches`.
 
     Returns:
         (n, vocabulary) in the model's dtype.
@@ -43,9 +73,18 @@ def response_logits(
     )
     try:
         with start():
-            return model(input_ids=input_ids, use_cache=False).logits
+            told = told_of_branches(model, parents)
+            return model(input_ids=input_ids, use_cache=False, **told).logits
     finally:
         hook.remove()
+
+
+def are_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors of logits differ by rounding alone, for their dtype."""
+    tolerance = 1e-4 if found.dtype == torch.float32 else 1e-2
+    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    # NaN is not.
+    return bool(difference <= tolerance)
 
 
 class _PickedLogProbs(torch.autograd.Function):

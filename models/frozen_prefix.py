@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from models.ds_lora import find_decoder_layers
-from models.forward import evaluation, response_logits
+from models.forward import are_close, evaluation, response_logits, told_of_branches
 
 
 class _Reached(Exception):
@@ -88,10 +88,12 @@ class FrozenPrefix:
         return set(self._kept)
 
     @torch.no_grad()
-    def run_bottom(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def run_bottom(
+        self, input_ids: torch.Tensor, parents: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Output of the highest frozen layer, (batch, length, width) in the activations' dtype.
 
-        Raises ValueError where the model's layers give something else.
+        `parents`: see `told_of_branches`. Raises ValueError where the layers give something else.
         """
         outputs = []
 
@@ -101,7 +103,8 @@ class FrozenPrefix:
 
         hook = self.layers[self.num_frozen_layers - 1].register_forward_hook(stop)
         try:
-            self.model(input_ids=input_ids, use_cache=False)
+            told = told_of_branches(self.model, parents)
+            self.model(input_ids=input_ids, use_cache=False, **told)
         except _Reached:
             pass
         finally:
@@ -139,7 +142,8 @@ class FrozenPrefix:
 
         Args:
             samples: {"id", "input_ids"} of each row.
-            batch: "input_ids" (batch, length) and "positions", see `response_logits`.
+            batch: "input_ids" (batch, length), "positions" and, where rows branch, "parents", see
+                `response_logits`.
         """
         # Samples of the same text have the same id.
         first = {sample["id"]: i for i, sample in reversed(list(enumerate(samples)))}
@@ -166,7 +170,7 @@ class FrozenPrefix:
         """(length, width) of each row of a pass, stored or run."""
         rows = self.store.load(samples) if self.store else None
         if rows is None:
-            hidden = self.run_bottom(batch["input_ids"])
+            hidden = self.run_bottom(batch["input_ids"], batch.get("parents"))
             if not self._is_checked:
                 self._check(batch, hidden)
             pairs = zip(hidden.cpu(), samples, strict=True)
@@ -179,13 +183,12 @@ class FrozenPrefix:
         return rows
 
     def _check(self, batch: dict, hidden: torch.Tensor) -> None:
-        plain = response_logits(self.model, **batch).float()
-        resumed = response_logits(self.model, **batch, start=partial(self.resumed, hidden)).float()
-        difference = (plain - resumed).abs().max() / plain.abs().max()
+        plain = response_logits(self.model, **batch)
+        resumed = response_logits(self.model, **batch, start=partial(self.resumed, hidden))
         # The same operations on the same shapes: what little may differ is the kernels' order.
-        tolerance = 1e-4 if hidden.dtype == torch.float32 else 1e-2
-        if not difference <= tolerance:
-            raise ValueError(f"its upper layers alone differ by {float(difference):.0e}")
+        if not are_close(resumed, plain):
+            difference = float((plain - resumed).abs().max() / plain.abs().max())
+            raise ValueError(f"its upper layers alone differ by {difference:.0e}")
         self._is_checked = True
 
     def drop(self, sample_ids: Iterable[str]) -> None:
@@ -193,22 +196,23 @@ class FrozenPrefix:
         for sample_id in sample_ids:
             self.used -= self._kept.pop(sample_id).nbytes
 
-    def start(self, samples: list[dict], input_ids: torch.Tensor):
+    def start(self, samples: list[dict], batch: dict):
         """What `response_logits` takes as `start` for a pass, or None where nothing of it is kept.
 
         Rows that are not kept are run through the frozen layers here.
         """
         if not any(sample["id"] in self for sample in samples):
             return None
-        return partial(self.resumed, self.outputs(samples, input_ids))
+        return partial(self.resumed, self.outputs(samples, batch))
 
-    def outputs(self, samples: list[dict], input_ids: torch.Tensor) -> torch.Tensor:
+    def outputs(self, samples: list[dict], batch: dict) -> torch.Tensor:
         """Output of the highest frozen layer for a pass, (batch, length, width), kept or run."""
+        input_ids, parents = batch["input_ids"], batch.get("parents")
         rows = [self._kept.get(sample["id"]) for sample in samples]
         missing = [i for i, row in enumerate(rows) if row is None]
         with evaluation(self.model):
             if len(missing) == len(rows):
-                return self.run_bottom(input_ids)
+                return self.run_bottom(input_ids, parents)
             on_gpu, found = input_ids.is_cuda, next(row for row in rows if row is not None)
             # Padding may hold anything finite. Pinned, so that the copy waits for nothing.
             size = (*input_ids.shape, found.shape[-1])
@@ -218,5 +222,6 @@ class FrozenPrefix:
                     host[i, : len(row)] = row
             hidden = host.to(input_ids.device, non_blocking=on_gpu)
             if missing:
-                hidden[missing] = self.run_bottom(input_ids[missing])
+                of_missing = None if parents is None else parents[missing]
+                hidden[missing] = self.run_bottom(input_ids[missing], of_missing)
         return hidden

@@ -13,7 +13,7 @@ import plot_loss
 import run_experiments
 import train_single_task
 import train_slsd_seq
-from evaluation.likelihood import option_losses, sample_losses
+from evaluation.likelihood import branching_sample, option_losses, sample_losses
 from evaluation.matrix import format_score_matrix, summarise_scores
 from methods import parse_config
 from tasks import judged_task
@@ -161,16 +161,18 @@ def test_judges_by_name_and_by_what_the_outputs_look_like():
 
 
 def test_options_have_the_losses_that_whole_samples_have(make_config, tokenizer):
-    """Read once with a cache and padding, each is what a sample of its own gives."""
+    """Read once, from the kept prefix too, each is what a sample of its own gives."""
     model = make_model()
-    passes = Passes(
-        make_config(tokens_per_pass=2), model, tokenizer, torch.device("cpu"), StopSignals()
-    )
+    cfg = make_config(tokens_per_pass=40, num_frozen_layers=1)
+    passes = Passes(cfg, model, tokenizer, torch.device("cpu"), StopSignals())
     rows = [{"instruction": f"is {'it ' * i}so", "input": "", "output": ""} for i in range(1, 6)]
     options = ["yes", "certainly not", "no"]
     template = PromptTemplate(tokenizer)
     prompts = [template.join(prompt, 64) for prompt in template.prompts(rows)]
-    found = option_losses(passes, prompts, template.responses([{"output": o} for o in options]))
+    responses = template.responses([{"output": o} for o in options])
+    found = option_losses(passes, prompts, responses)
+    assert len(passes.keep_prefix([branching_sample(p, responses) for p in prompts], "kept")) == 5
+    assert torch.allclose(option_losses(passes, prompts, responses), found, rtol=1e-5)
     for i, row in enumerate(rows):
         for j, option in enumerate(options):
             (sample,) = InstructionDataset([{**row, "output": option}], tokenizer, 64)

@@ -7,15 +7,15 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from configs.command_line import Stopped, UserError, num_processes, rank, shows_progress
 from configs.ending import STOPPING, is_out_of_memory
-from models.forward import IGNORE, evaluation, to_device
+from models.forward import IGNORE, are_close, evaluation, response_logits, to_device
 from models.frozen_prefix import FrozenPrefix
 from tasks.prompt import PromptTemplate
 from training.memory import PASS_WITHOUT_GRADIENTS, Shapes
@@ -112,7 +112,8 @@ def make_passes(samples, tokens_per_pass: int, pad_token_id: int, device, share=
     """Cuts `samples` into passes of like length.
 
     Yields (indices, {"input_ids": (batch, length) long, "positions": (n,) long}, targets (n,)
-    long): where in the flattened batch a response token is predicted, and which.
+    long): where in the flattened batch a response token is predicted, and which. Samples that
+    branch have their "parents" there too, see `told_of_branches`.
 
     A pass holds at most `tokens_per_pass` tokens, padding included, or one sample. The longest
     come first: what does not fit into memory shows at once. There is no attention mask: under a
@@ -128,11 +129,14 @@ def make_passes(samples, tokens_per_pass: int, pad_token_id: int, device, share=
         indices = order[start:end]
         batch = collate_fn([samples[i] for i in indices], pad_token_id)
         # Found here and not on the GPU, which would have to answer before the host goes on.
-        following = F.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:].flatten()
-        positions = (following != IGNORE).nonzero().squeeze(1)
-        tensors = (batch["input_ids"], positions, following[positions])
-        input_ids, positions, targets = (to_device(tensor, device) for tensor in tensors)
-        yield indices, {"input_ids": input_ids, "positions": positions}, targets
+        labels, parents = batch["labels"], batch.get("parents")
+        rows, tokens = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        before = tokens if parents is None else parents[rows, tokens + 1]
+        found = {"input_ids": batch["input_ids"], "positions": rows * labels.shape[1] + before}
+        if parents is not None:
+            found["parents"] = parents
+        found = {name: to_device(tensor, device) for name, tensor in found.items()}
+        yield indices, found, to_device(labels[rows, tokens + 1], device)
 
 
 def _in_one_line(error: Exception) -> str:
@@ -172,7 +176,7 @@ class Passes:
         larger. Raises `Stopped` between passes where the run is to stop.
         """
         for indices, batch, targets in self._checked(samples):
-            start = self.prefix.start([samples[i] for i in indices], batch["input_ids"])
+            start = self.prefix.start([samples[i] for i in indices], batch)
             self.samples_read["backward" if torch.is_grad_enabled() else "forward"] += len(indices)
             yield indices, {**batch, "start": start} if start else batch, targets
 
@@ -180,7 +184,7 @@ class Passes:
         """Yields (indices, output of the frozen layers (batch, length, width)) by pass."""
         for indices, batch, _ in self._checked(samples):
             of_pass = [samples[i] for i in indices]
-            yield indices, self.prefix.outputs(of_pass, batch["input_ids"])
+            yield indices, self.prefix.outputs(of_pass, batch)
 
     def begin(self, num_samples: int) -> None:
         """Before each pass of so many samples: raises `Stopped` where the run is to stop."""
@@ -258,16 +262,31 @@ class Passes:
             return False
         return True
 
+    def branches_to(self, length: int) -> bool:
+        """Whether the model reads rows that branch, up to so many tokens from start to end.
+
+        It must take masks and positions, and see as far as the mask lets it.
+        """
+        config = self.model.config.get_text_config()
+        sights = (getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size"))
+        return self._reads_branches and all(not sight or length <= sight for sight in sights)
+
     @functools.cached_property
-    def has_lasting_cache(self) -> bool:
-        """Whether several texts can go on from one reading: keys stay, a state moves on."""
-        if getattr(self.model, "_is_stateful", False):
-            return False
-        ids = torch.tensor([[self.tokenizer.eos_token_id]], device=self.device)
+    def _reads_branches(self) -> bool:
+        # Three tokens, and another way on from the second of them.
+        ids = torch.tensor([[self.tokenizer.eos_token_id, 0, 1, 2, 0]], device=self.device)
+        parents = torch.tensor([[0, 0, 1, 1, 3]], device=self.device)
+        ways, read = ([0, 1, 2], [0, 1, 3, 4]), partial(response_logits, self.model)
         with evaluation(self.model):
-            cache = getattr(self.model(input_ids=ids, use_cache=True), "past_key_values", None)
-        layers = getattr(cache, "layers", [cache])
-        return all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
+            plain = [read(ids[:, way], torch.tensor([len(way) - 1])) for way in ways]
+            try:
+                found = read(ids, torch.tensor([2, 4]), parents=parents)
+            except Exception as error:
+                # Whatever a family's own code makes of a mask that is not its own.
+                if is_out_of_memory(error):
+                    raise
+                return False
+        return are_close(found, torch.cat(plain))
 
     @property
     def _family(self) -> str:

@@ -119,8 +119,10 @@ class PrefixStore:
     def _path(self, samples: list[dict]) -> Path:
         digest = hashlib.sha256()
         for sample in samples:
-            tokens = sample["input_ids"].to(torch.int64).numpy().tobytes()
-            digest.update(len(tokens).to_bytes(8, "little") + tokens)
+            for name in ("input_ids", "parents"):
+                if name in sample:
+                    numbers = sample[name].to(torch.int64).numpy().tobytes()
+                    digest.update(len(numbers).to_bytes(8, "little") + numbers)
         return self.group / f"{digest.hexdigest()}.safetensors"
 
     def _sizes(self) -> dict[Path, int]:

@@ -57,7 +57,7 @@ def test_logits_and_gradients_are_those_of_the_plain_model(family, checkpointing
     calls = []
     layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     results = []
-    for start in (None, prefix.start(samples, batch["input_ids"])):
+    for start in (None, prefix.start(samples, batch)):
         logits = response_logits(model, **batch, **({"start": start} if start else {}))
         torch.nn.functional.cross_entropy(logits, targets).backward()
         results.append((logits.detach(), [p.grad for p in branch_parameters(model, "slow")]))
@@ -73,10 +73,10 @@ def test_rows_kept_and_not_kept_share_a_pass():
     model = make_family("Llama")
     samples, batch, _ = one_pass()
     prefix = FrozenPrefix(model, 2, 10**9)
-    assert prefix.start(samples, batch["input_ids"]) is None
+    assert prefix.start(samples, batch) is None
     prefix.keep(samples, batch)
     prefix.drop([samples[1]["id"]])
-    start = prefix.start(samples, batch["input_ids"])
+    start = prefix.start(samples, batch)
     with torch.no_grad():
         plain, ours = (response_logits(model, **batch, **k) for k in ({}, {"start": start}))
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_the_same_base_keeps_it(tmp_path):
     randomise(model, seed=9)
     load_adapter(model, tmp_path)
     with torch.no_grad():
-        start = prefix.start(samples, batch["input_ids"])
+        start = prefix.start(samples, batch)
         plain, ours = (response_logits(model, **batch, **k) for k in ({}, {"start": start}))
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 

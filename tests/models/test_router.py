@@ -77,7 +77,7 @@ def test_the_frozen_output_is_the_same_kept_or_not_whatever_the_branches():
     kept.keep(samples[:2], {"input_ids": ids[:2], "positions": torch.tensor([3])})
     randomise(model, seed=8)
     for prefix in (fresh, kept):
-        found = prefix.outputs(samples, ids)
+        found = prefix.outputs(samples, {"input_ids": ids})
         for i, sample in enumerate(samples):
             length = len(sample["input_ids"])
             torch.testing.assert_close(

@@ -78,9 +78,9 @@ def test_the_first_epoch_runs_no_frozen_layer(argv, tmp_path, saves, monkeypatch
     """Nor, with fewer steps than an epoch, are samples read that the run never meets."""
     rows, run, sizes = [], FrozenPrefix.run_bottom, []
 
-    def counted(self, ids):
+    def counted(self, ids, parents=None):
         rows.append(len(ids))
-        return run(self, ids)
+        return run(self, ids, parents)
 
     monkeypatch.setattr(FrozenPrefix, "run_bottom", counted)
     for steps in (1, 0):
@@ -115,12 +115,12 @@ def test_rows_are_mapped_and_outlive_their_files(tmp_path):
     for _ in range(2):
         prefix = FrozenPrefix(model, 2, 10**9, PrefixStore(tmp_path, "group", 10**9))
         prefix.keep(samples, batch)
-        kept.append(prefix.outputs(samples, batch["input_ids"]))
+        kept.append(prefix.outputs(samples, batch))
     (name,) = files_in(tmp_path)
     assert name in Path("/proc/self/maps").read_text()
     (tmp_path / "group" / name).unlink()
     (tmp_path / "group").rmdir()
-    assert torch.equal(*kept) and torch.equal(kept[0], prefix.outputs(samples, batch["input_ids"]))
+    assert torch.equal(*kept) and torch.equal(kept[0], prefix.outputs(samples, batch))
     # The folder is made again.
     prefix.drop(prefix.sample_ids())
     prefix.keep(samples, batch)
