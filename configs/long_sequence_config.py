@@ -16,10 +16,10 @@ ORDERS = {
     "order4": [*_QUESTIONS, "yelp", "amazon", "SST-2", "dbpedia", "agnews", "MultiRC", "yahoo"],
     "order5": [*_TWISTED, "dbpedia", "agnews", "yelp", "amazon", "yahoo"],
     "order6": [*_REVIEWS, "dbpedia", "agnews", "yahoo", "MultiRC", "BoolQA", "WiC"],
-    # Five with short texts: topic, stars, news, inference, paraphrase.
-    "five1": ["dbpedia", "amazon", "agnews", "MNLI", "QQP"],
-    "five2": ["QQP", "MNLI", "agnews", "amazon", "dbpedia"],
-    "five3": ["MNLI", "agnews", "QQP", "dbpedia", "amazon"],
+    # Five with short texts: topic, stars, news, inference, sentiment.
+    "five1": ["dbpedia", "amazon", "agnews", "MNLI", "SST-2"],
+    "five2": ["SST-2", "MNLI", "agnews", "amazon", "dbpedia"],
+    "five3": ["MNLI", "agnews", "SST-2", "dbpedia", "amazon"],
 }
 
 

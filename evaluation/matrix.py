@@ -3,7 +3,7 @@
 A matrix A has T+1 rows and T columns: A[0] is the untouched base, A[t][i] task i after stage t
 (both from 1), and NaN where a task was not evaluated. Rows and columns are in the order of
 learning. Below, "better by" is the difference in the good direction: smaller losses, larger scores.
-A mean is taken over the tasks for which all its cells are there, and is NaN without any.
+A mean over tasks is taken over those for which all its cells are there, and is NaN without any.
 """
 
 import math
@@ -42,9 +42,10 @@ def average_final(matrix: Matrix) -> float:
 def average_incremental(matrix: Matrix) -> float:
     """AIA: the mean over the tasks seen so far, averaged over stages (Douillard et al. 2020).
 
-    1/T sum_t (1/t sum_{i <= t} A[t][i]).
+    1/T sum_t (1/t sum_{i <= t} A[t][i]). NaN where tasks seen were not evaluated after each stage.
     """
-    return mean(mean(row[:t]) for t, row in enumerate(matrix) if t)
+    stages = [row[:t] for t, row in enumerate(matrix) if t]
+    return math.nan if any(map(math.isnan, sum(stages, []))) else mean(map(mean, stages))
 
 
 def learning(matrix: Matrix) -> float:

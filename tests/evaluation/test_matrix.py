@@ -93,10 +93,9 @@ def test_the_metrics_against_arrays(lower, missing):
         matrix = A.tolist()
         assert average_final(matrix) == pytest.approx(np.nanmean(last))
         assert learning(matrix) == pytest.approx(np.nanmean(just))
-        seen = [
-            np.nanmean(A[t, :t]) if not np.isnan(A[t, :t]).all() else np.nan for t in range(1, 6)
-        ]
-        assert average_incremental(matrix) == pytest.approx(np.nanmean(seen))
+        # A mean over the stages means nothing where some of them were measured in part.
+        seen = np.mean([A[t, :t].mean() for t in range(1, 6)])
+        assert average_incremental(matrix) == pytest.approx(seen, nan_ok=True)
         assert backward_transfer(matrix, lower) == pytest.approx(
             np.nanmean(sign * (just - last)[:-1])
         )
