@@ -138,11 +138,12 @@ def draw_sequence(log: Path):
         style = style_of(i)
         # All at once: "joint" has learned every task.
         learned = seen.index(task) if task in seen else min(1, len(seen) - 1)
-        # Dotted from the untouched base to the stage that learns the task.
+        # Dotted from the untouched base, where it was evaluated, to the stage that learns the task.
         lines.plot(places[: learned + 1], values[: learned + 1], ":", mfc="white", **style)
         lines.plot(places[learned:], values[learned:], linewidth=2, label=brief(task), **style)
+    hollow = " (hollow: untouched base)" if "base" in stages else ""
     lines.set(
-        title="held-out loss of each task (hollow: untouched base)",
+        title="held-out loss of each task" + hollow,
         xlabel="stage (the task just learned)",
         ylabel=UNIT,
     )
@@ -226,7 +227,8 @@ def draw_matrix(figure, axes, stages: list[str], tasks: list[str], loss: dict) -
     )
     write_names(axes.set_xticks, tasks, **turned(tasks))
     write_names(axes.set_yticks, stages)
-    figure.colorbar(image, ax=axes, label="change against the base (blue: better), nats per token")
+    against = "against the base" if "base" in stages else "since it was learned"
+    figure.colorbar(image, ax=axes, label=f"change {against} (blue: better), nats per token")
 
 
 @command_line

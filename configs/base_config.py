@@ -189,7 +189,7 @@ class BaseConfig(Knobs):
     light_evaluation: bool = knob(
         False,
         "measure each task when just learned and all at the end, latest alone: enough for learning,"
-        " forgetting and final mean, and most of a long sequence's time saved",
+        " final mean and forgetting (then since just learned), and most of the time saved",
         decides=False,
     )
     generate: bool = knob(

@@ -133,9 +133,10 @@ def rows_of(groups: Groups, columns: Columns) -> list[list[str]]:
 
 def compare_tables(groups: Groups, reference: str = "") -> str:
     """All groups by metric, reading, cost and score, and against the method `reference`."""
-    a_run, methods = next(iter(groups.values()))[0], over_orders(groups)
-    # Light evaluation leaves the base out.
-    base = told(mean(loss for loss in a_run.summary["matrix"][0] if loss is not None), ".3f")
+    methods = over_orders(groups)
+    # Light evaluation leaves it out.
+    bases = (run.summary["matrix"][0] for runs in groups.values() for run in runs)
+    base = next((told(mean(row), ".3f") for row in bases if None not in row), "")
     of_base = ["base", "", *(base if name == "final ↓" else "" for name in RESULTS)]
     parts = [
         "Losses in nats per response token, mean ± standard deviation over seeds, @all over the "

@@ -126,7 +126,7 @@ def _with_nan(matrix: list[list[float | None]]) -> list[list[float]]:
 
 
 # Of all fields, those that tell one run of a group from another.
-OF_A_RUN = {"seed", *NOT_RESULTS}
+OF_A_RUN = {"seed", *NOT_RESULTS} - {"light_evaluation"}
 
 
 def group_runs(folders: list[Path]) -> dict[str, list[FinishedRun]]:
@@ -183,31 +183,41 @@ def by_method(groups: dict[str, list[FinishedRun]]) -> dict[str, dict[str, list[
 SAME_BASE = 0.02
 # What decides the base's loss, for runs that did not measure it (--light_evaluation).
 OF_THE_BASE = re.compile(
-    "(test )?data of .*|base_model|quantization|weights|tokenizer|gguf_sha256|prompt_template|"
-    "max_seq_len|holdout_fraction|eval_samples_per_task"
+    "(test )?data of .*|base_model|quantization|weights|config.json|tokenizer|gguf_sha256|"
+    "prompt_template|max_seq_len|holdout_fraction|eval_samples_per_task"
 )
 
 
 def check_alike(runs: list[FinishedRun]) -> None:
-    """Raises UserError where the runs differ in tasks, base model or held-out samples."""
-    first, *others = (
-        dict(zip(run.summary["tasks"], run.summary["matrix"][0], strict=True)) for run in runs
-    )
-    for run, base in zip(runs[1:], others, strict=True):
-        if base.keys() != first.keys() or any(
-            abs(base[task] - loss) > SAME_BASE
-            for task, loss in first.items()
-            if None not in (loss, base[task])
-        ):
-            raise UserError(
-                f"{run.folder} and {runs[0].folder} differ in tasks, base model or held-out "
-                "samples (row base of the matrix): compare like with like"
-            )
-        ours, theirs = (
-            {k: v for k, v in x.summary.get("identity", {}).items() if OF_THE_BASE.fullmatch(k)}
-            for x in (run, runs[0])
+    """Raises UserError where the runs differ in tasks, base, held-out samples or evaluation."""
+    for run in runs[1:]:
+        then, now = (
+            dict(zip(r.summary["tasks"], r.summary["matrix"][0], strict=True))
+            for r in (runs[0], run)
         )
-        if None in (*first.values(), *base.values()) and (differing := differences(theirs, ours)):
+        fault = ""
+        if then.keys() != now.keys() or any(
+            abs(now[task] - then[task]) > SAME_BASE
+            for task in then
+            if None not in (then[task], now[task])
+        ):
+            fault = "tasks, base model or held-out samples (row base of the matrix)"
+        elif None in (*then.values(), *now.values()):
+            fault = differences(*(_of_the_base(r) for r in (runs[0], run)))
+        if not fault and len({_is_light(r) for r in (runs[0], run)} - {None}) > 1:
+            fault = "light_evaluation, and with it in what forgetting is"
+        if fault:
             raise UserError(
-                f"{run.folder} and {runs[0].folder} differ ({differing}): compare like with like"
+                f"{run.folder} and {runs[0].folder} differ in {fault}: compare like with like"
             )
+
+
+def _of_the_base(run: FinishedRun) -> dict:
+    identity = run.summary.get("identity", {})
+    return {name: value for name, value in identity.items() if OF_THE_BASE.fullmatch(name)}
+
+
+def _is_light(run: FinishedRun) -> bool | None:
+    """None where it makes no difference: a bank's matrix does not count."""
+    is_light = run.summary["config"].get("light_evaluation", False)
+    return is_light if run.summary.get("is_one_model", True) else None

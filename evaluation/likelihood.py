@@ -31,27 +31,47 @@ def choose(stage: Stage, reading: str, questions: Questions) -> list[dict]:
 
     Without a line where the task has no options, or no question has one of them as its output.
     """
-    options = questions.about.options
-    right = {normal(option): i for i, option in enumerate(options)}
-    rows = [row for row in questions.rows if normal(row["output"]) in right]
+    rows, right = _answerable(questions)
     if not rows:
         return []
-    passes, template = stage.passes, stage.passes.template
-    responses = template.responses([{"output": option} for option in options])
-    room = stage.cfg.max_seq_len - max(map(len, responses))
-    prompts = prompt_ids(template, rows, room)
-    samples = [branching_sample(prompt, responses) for prompt in prompts]
-    if passes.branches_to(stage.cfg.max_seq_len):
-        passes.keep_prefix(samples, f"frozen layers, {questions.task} options")
+    prompts, responses = _prompts_and_options(stage.cfg, stage.passes, questions)
     chosen = {}
     for source, of_source in sources_of(
         stage, reading, questions.task, prompt_samples(prompts)
     ).items():
         with read_as(stage, reading, source):
-            losses = option_losses(passes, [prompts[i] for i in of_source], responses)
+            losses = option_losses(stage.passes, [prompts[i] for i in of_source], responses)
         chosen.update(zip(of_source, losses.argmin(1).tolist(), strict=True))
-    correct = [chosen[i] == right[normal(row["output"])] for i, row in enumerate(rows)]
+    correct = [chosen[i] == number for i, number in enumerate(right)]
     return [_line(stage, reading, questions, LIKELIEST, correct)]
+
+
+def keep_options(cfg, passes: Passes, questions: Questions) -> None:
+    """Keeps what the frozen layers make of the questions' options, for all that `choose` reads."""
+    if _answerable(questions)[0]:
+        prompts, options = _prompts_and_options(cfg, passes, questions)
+        samples = [branching_sample(prompt, options) for prompt in prompts]
+        if passes.branches_to(_longest(samples)):
+            passes.keep_prefix(samples, f"frozen layers, {questions.task} options")
+
+
+def _answerable(questions: Questions) -> tuple[list[dict], list[int]]:
+    """(the rows whose output is an option, the number of that option)."""
+    numbers = {normal(option): i for i, option in enumerate(questions.about.options)}
+    rows = [row for row in questions.rows if normal(row["output"]) in numbers]
+    return rows, [numbers[normal(row["output"])] for row in rows]
+
+
+def _prompts_and_options(cfg, passes: Passes, questions: Questions):
+    """Token ids of (each answerable row's prompt, each option)."""
+    options = [{"output": option} for option in questions.about.options]
+    responses = passes.template.responses(options)
+    room = cfg.max_seq_len - max(map(len, responses))
+    return prompt_ids(passes.template, _answerable(questions)[0], room), responses
+
+
+def _longest(samples: list[dict]) -> int:
+    return max(len(sample["input_ids"]) for sample in samples)
 
 
 def option_losses(
@@ -62,10 +82,10 @@ def option_losses(
     A prompt is read once, whatever the number of its options, where the model reads rows that
     branch. The prompts are shared among the processes; every one gets all losses.
     """
-    if not passes.branches_to(max(map(len, prompts)) + max(map(len, options))):
+    samples = [branching_sample(prompt, options) for prompt in prompts]
+    if not passes.branches_to(_longest(samples)):
         samples = [_sample(prompt, option) for prompt in prompts for option in options]
         return sample_losses(passes, samples).view(len(prompts), len(options)).float()
-    samples = [branching_sample(prompt, options) for prompt in prompts]
     lengths = torch.tensor([len(option) for option in options])
 
     def run() -> dict[int, torch.Tensor]:

@@ -113,6 +113,7 @@ def _summary_problem(summary) -> str:
         or not all(map(_is_stage, stages.values())),
         "config": not isinstance(config, dict) or not count(config.get("seed")),
         "accuracy": not isinstance(accuracy, dict),
+        "identity": not isinstance(summary.get("identity", {}), dict),
         **{key: not number_or_none(summary.get(key)) for key in METRICS},
     }
     if not any(problems.values()):

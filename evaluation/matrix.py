@@ -42,9 +42,11 @@ def average_final(matrix: Matrix) -> float:
 def average_incremental(matrix: Matrix) -> float:
     """AIA: the mean over the tasks seen so far, averaged over stages (Douillard et al. 2020).
 
-    1/T sum_t (1/t sum_{i <= t} A[t][i]). NaN where tasks seen were not evaluated after each stage.
+    1/T sum_t (1/t sum_{i <= t} A[t][i]). NaN where a task that is known at the end was not
+    evaluated after each stage: a mean over stages means nothing of which some were left out.
     """
-    stages = [row[:t] for t, row in enumerate(matrix) if t]
+    columns = [i for i, value in enumerate(matrix[-1]) if not math.isnan(value)]
+    stages = [[row[i] for i in columns if i < t] for t, row in enumerate(matrix) if t]
     return math.nan if any(map(math.isnan, sum(stages, []))) else mean(map(mean, stages))
 
 

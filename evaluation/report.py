@@ -11,7 +11,7 @@ import transformers
 from configs.command_line import is_first
 from evaluation.card import model_card
 from evaluation.generate import answer_room, ask, generate, prompt_ids
-from evaluation.likelihood import choose, prefer
+from evaluation.likelihood import choose, keep_options, prefer
 from evaluation.matrix import (
     format_costs,
     format_matrix,
@@ -72,6 +72,9 @@ class SequenceReport:
             )
             for task in cfg.task_order
         }
+        # Here, where a resumed run comes by too: what is kept changes the last bits.
+        for questions in self.questions.values():
+            keep_options(cfg, self.passes, questions)
 
     def base(self) -> None:
         """Row 0: the untouched model on every task."""

@@ -39,9 +39,11 @@ def told_of_branches(model, parents: torch.Tensor | None) -> dict[str, torch.Ten
         return {}
     number, length = parents.shape
     sees = torch.eye(length, dtype=torch.bool, device=parents.device).repeat(number, 1, 1)
-    rows = torch.arange(number, device=parents.device)
-    for i in range(1, length):
-        sees[:, i] |= sees[rows, parents[:, i]]
+    ancestors = parents
+    # Those 1, then 2, 4, 8 and more steps up.
+    for _ in range(length.bit_length()):
+        sees = sees | sees.gather(1, ancestors[..., None].expand_as(sees))
+        ancestors = ancestors.gather(1, ancestors)
     mask = torch.zeros(sees.shape, dtype=model.dtype, device=parents.device)
     mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
     return {"attention_mask": mask[:, None], "position_ids": sees.sum(-1) - 1}

@@ -27,6 +27,9 @@ PREFIX_TOKENS = 2048
 # alike. On a GPU the launches of a pass take as long as some 500 tokens at LLaMA-2-7B's width.
 PASS_COST = {"cpu": 64, "cuda": 512}
 
+# Of a configuration: how many tokens its layers see, whatever mask they are given.
+SIGHTS = ("sliding_window", "attention_chunk_size", "window_size", "max_position_embeddings")
+
 
 def progress_bar(total: int, description: str, unit: str) -> tqdm:
     """A bar over this process's share of `total`, which goes when it is full."""
@@ -116,8 +119,9 @@ def make_passes(samples, tokens_per_pass: int, pad_token_id: int, device, share=
     branch have their "parents" there too, see `told_of_branches`.
 
     A pass holds at most `tokens_per_pass` tokens, padding included, or one sample. The longest
-    come first: what does not fit into memory shows at once. There is no attention mask: under a
-    causal mask padding on the right changes nothing, and a mask loses the fast kernels.
+    come first: what does not fit into memory shows at once. There is no attention mask but for
+    samples that branch: under a causal mask padding on the right changes nothing, and a mask loses
+    the fast kernels.
 
     Args:
         share: (i, n) takes the i-th of n shares of the samples, of about as many tokens each.
@@ -263,16 +267,18 @@ class Passes:
         return True
 
     def branches_to(self, length: int) -> bool:
-        """Whether the model reads rows that branch, up to so many tokens from start to end.
+        """Whether the model reads rows of so many tokens that branch.
 
         It must take masks and positions, and see as far as the mask lets it.
         """
         config = self.model.config.get_text_config()
-        sights = (getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size"))
+        sights = (getattr(config, name, None) for name in SIGHTS)
         return self._reads_branches and all(not sight or length <= sight for sight in sights)
 
     @functools.cached_property
     def _reads_branches(self) -> bool:
+        if self.model.config._attn_implementation not in ("eager", "sdpa"):
+            return False
         # Three tokens, and another way on from the second of them.
         ids = torch.tensor([[self.tokenizer.eos_token_id, 0, 1, 2, 0]], device=self.device)
         parents = torch.tensor([[0, 0, 1, 1, 3]], device=self.device)

@@ -50,7 +50,7 @@ def _describe(device: torch.device) -> str:
 
 
 class PrefixStore:
-    """Files `folder/group/HASH.safetensors`, each what one pass gave; HASH is that of its tokens.
+    """Files `folder/group/HASH.safetensors`, each what one pass gave; HASH is that of its samples.
 
     A row's bits depend on the rows beside it, so a pass is stored and found as a whole: what is
     read is what this run would have computed, and no result depends on what is there already.
