@@ -181,8 +181,10 @@ def draw_forgotten(axes, runs: list[FinishedRun], name: str, largest: float):
                 text = f"{round(value, 2) + 0:+.2f}" if x != y else "0"
                 axes.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
     axes.set_title(name if len(name) <= 24 else name.replace(",", ",\n", 1), fontsize="small")
-    axes.set_xticks(range(len(tasks)), tasks, fontsize="small")
-    axes.set_yticks(range(len(tasks)), tasks, fontsize="small")
+    # Of many numbers every second, so that they do not touch.
+    shown = range(0, len(tasks), 1 if len(tasks) <= MOST_NAMES else 2)
+    for write in (axes.set_xticks, axes.set_yticks):
+        write(shown, [tasks[i] for i in shown], fontsize="small")
     return image
 
 
