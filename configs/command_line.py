@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import math
 import os
 import re
@@ -136,7 +137,7 @@ class Knobs:
                 value = cls.__dict__.get(field.name, dataclasses.MISSING)
                 if value is dataclasses.MISSING or isinstance(value, dataclasses.Field):
                     continue
-                own = cls.__dict__.get("__annotations__", {})
+                own = inspect.get_annotations(cls)
                 cls.__annotations__ = {field.name: get_type_hints(base)[field.name], **own}
                 setattr(cls, field.name, _field(value, field.metadata))
 

@@ -166,6 +166,8 @@ class FakeCuda(TorchDispatchMode):
             **{"get_device_capability": (9, 0), "synchronize": None},
         }.items():
             self._patch(torch.cuda, name, lambda *_, value=value, **__: value)
+        # A build for CUDA asks the driver, which is not there: as one for CPUs, it knows of none.
+        self._patch(torch.accelerator, "current_accelerator", lambda *_, **__: None)
         to = torch.Tensor.to
 
         def moved(tensor, *args, **kwargs):
