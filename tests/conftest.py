@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from configs.base_config import TASKS, BaseConfig
+from configs.command_line import UserError
+from evaluation.sandbox import check_sandbox
 from methods import METHODS, find_method, knob_names, run_config
 
 # A tiny model gains nothing from a second thread, and threads that wait for one another spin.
@@ -135,3 +137,12 @@ def flags(run_settings):
         return argv
 
     return build
+
+
+@pytest.fixture(scope="session")
+def sandbox():
+    """Skips what runs a model's programs, on a machine that cannot isolate them."""
+    try:
+        check_sandbox()
+    except UserError as error:
+        pytest.skip(str(error))

@@ -383,6 +383,7 @@ def benchmarks(tmp_path):
     return folder
 
 
+@pytest.mark.usefixtures("sandbox")
 def test_benchmarks_are_read_and_judged(benchmarks, trained, tmp_path):
     asked = {questions.name: questions for questions in benchmark_questions(str(benchmarks), 2)}
     assert {n: len(q.rows) for n, q in asked.items()} == {
@@ -411,6 +412,7 @@ def test_benchmarks_are_read_and_judged(benchmarks, trained, tmp_path):
     assert unsafe[0]["instruction"] == ""
 
 
+@pytest.mark.usefixtures("sandbox")
 def test_benchmarks_that_are_not_there_or_damaged_are_one_line(benchmarks, tmp_path):
     with pytest.raises(UserError, match="none of the folders gsm8k"):
         benchmark_questions(str(tmp_path / "nowhere"), 0)

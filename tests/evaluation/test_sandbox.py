@@ -30,12 +30,7 @@ TESTS = ["assert f(2) == 4", "assert f(-3) == 9"]
 NOBODY = 65534
 
 
-@pytest.fixture(scope="module", autouse=True)
-def sandbox():
-    try:
-        check_sandbox()
-    except UserError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("sandbox")
 
 
 @pytest.fixture
