@@ -34,7 +34,7 @@ def choose(stage: Stage, reading: str, questions: Questions) -> list[dict]:
     rows, right = _answerable(questions)
     if not rows:
         return []
-    prompts, responses = _prompts_and_options(stage.cfg, stage.passes, questions)
+    prompts, responses = _prompts_and_options(stage.cfg, stage.passes, questions, rows)
     chosen = {}
     for source, of_source in sources_of(
         stage, reading, questions.task, prompt_samples(prompts)
@@ -48,11 +48,10 @@ def choose(stage: Stage, reading: str, questions: Questions) -> list[dict]:
 
 def keep_options(cfg, passes: Passes, questions: Questions) -> None:
     """Keeps what the frozen layers make of the questions' options, for all that `choose` reads."""
-    if _answerable(questions)[0]:
-        prompts, options = _prompts_and_options(cfg, passes, questions)
-        samples = [branching_sample(prompt, options) for prompt in prompts]
-        if passes.branches_to(_longest(samples)):
-            passes.keep_prefix(samples, f"frozen layers, {questions.task} options")
+    rows, _ = _answerable(questions)
+    if rows:
+        samples = _branching(passes, *_prompts_and_options(cfg, passes, questions, rows))
+        passes.keep_prefix(samples, f"frozen layers, {questions.task} options")
 
 
 def _answerable(questions: Questions) -> tuple[list[dict], list[int]]:
@@ -62,16 +61,19 @@ def _answerable(questions: Questions) -> tuple[list[dict], list[int]]:
     return rows, [numbers[normal(row["output"])] for row in rows]
 
 
-def _prompts_and_options(cfg, passes: Passes, questions: Questions):
-    """Token ids of (each answerable row's prompt, each option)."""
+def _prompts_and_options(cfg, passes: Passes, questions: Questions, rows: list[dict]):
+    """Token ids of (the prompt of each of `rows`, each option)."""
     options = [{"output": option} for option in questions.about.options]
     responses = passes.template.responses(options)
     room = cfg.max_seq_len - max(map(len, responses))
-    return prompt_ids(passes.template, _answerable(questions)[0], room), responses
+    return prompt_ids(passes.template, rows, room), responses
 
 
-def _longest(samples: list[dict]) -> int:
-    return max(len(sample["input_ids"]) for sample in samples)
+def _branching(passes: Passes, prompts: list[list[int]], options: list[list[int]]) -> list[dict]:
+    """Each prompt with all options as one sample; none where the model cannot read such rows."""
+    samples = [branching_sample(prompt, options) for prompt in prompts]
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    return samples if passes.branches_to(longest) else []
 
 
 def option_losses(
@@ -82,8 +84,8 @@ def option_losses(
     A prompt is read once, whatever the number of its options, where the model reads rows that
     branch. The prompts are shared among the processes; every one gets all losses.
     """
-    samples = [branching_sample(prompt, options) for prompt in prompts]
-    if not passes.branches_to(_longest(samples)):
+    samples = _branching(passes, prompts, options)
+    if not samples:
         samples = [_sample(prompt, option) for prompt in prompts for option in options]
         return sample_losses(passes, samples).view(len(prompts), len(options)).float()
     lengths = torch.tensor([len(option) for option in options])
