@@ -26,24 +26,30 @@ from utils_data import InstructionDataset
 PREFERRED = "preferred"
 
 
-def choose(stage: Stage, reading: str, questions: Questions) -> list[dict]:
+def choose(
+    stage: Stage, reading: str, questions: Questions
+) -> tuple[list[dict], dict[tuple, float]]:
     """The share of `questions` whose likeliest option is the right one, as a line of the scores.
 
     Without a line where the task has no options, or no question has one of them as its output.
+    Returns also the loss of each prompt (token ids) with its right option, in nats a token.
     """
     rows, right = _answerable(questions)
     if not rows:
-        return []
+        return [], {}
     prompts, responses = _prompts_and_options(stage.cfg, stage.passes, questions, rows)
-    chosen = {}
+    losses = torch.empty(len(prompts), len(responses))
     for source, of_source in sources_of(
         stage, reading, questions.task, prompt_samples(prompts)
     ).items():
         with read_as(stage, reading, source):
-            losses = option_losses(stage.passes, [prompts[i] for i in of_source], responses)
-        chosen.update(zip(of_source, losses.argmin(1).tolist(), strict=True))
-    correct = [chosen[i] == number for i, number in enumerate(right)]
-    return [_line(stage, reading, questions, LIKELIEST, correct)]
+            found = option_losses(stage.passes, [prompts[i] for i in of_source], responses)
+        losses[of_source] = found
+    numbers = torch.tensor(right)
+    correct = (losses.argmin(1) == numbers).tolist()
+    texts = [(*prompts[i], *responses[number]) for i, number in enumerate(right)]
+    known = dict(zip(texts, losses.gather(1, numbers[:, None])[:, 0].tolist(), strict=True))
+    return [_line(stage, reading, questions, LIKELIEST, correct)], known
 
 
 def keep_options(cfg, passes: Passes, questions: Questions) -> None:
@@ -180,7 +186,7 @@ def sample_losses(passes: Passes, samples) -> torch.Tensor:
 
 def by_likelihood(stage: Stage, reading: str, questions: Questions) -> list[dict]:
     """All scores of `questions` that need no reply, as lines of the scores."""
-    return choose(stage, reading, questions) + prefer(stage, reading, questions)
+    return choose(stage, reading, questions)[0] + prefer(stage, reading, questions)
 
 
 def _line(stage: Stage, reading: str, questions: Questions, metric: str, right: list) -> dict:

@@ -30,7 +30,7 @@ from training.base_model import (
 from training.device import select_device
 from training.identity import base_identity, describe_base, differences
 from training.journal import DECIDED_IN_TRAINING
-from training.loop import evaluate_loss
+from training.loop import check_finite, evaluate_loss
 from training.passes import Passes, StopSignals
 from training.processes import gather
 from training.session import inject
@@ -237,19 +237,35 @@ def sources_of(stage: Stage, reading: str, task: str, samples) -> dict[str, list
     return sources
 
 
-def evaluate_reading(stage: Stage, reading: str, task: str) -> tuple[dict, dict[str, int]]:
+def evaluate_reading(
+    stage: Stage, reading: str, task: str, known: dict[tuple, float]
+) -> tuple[dict, dict[str, int]]:
     """({"loss": nats per response token, "tokens"}, task -> samples answered as that task).
 
     Over the held-out samples of `task`.
+
+    Args:
+        known: token ids of a sample -> its loss, where it was read already.
+
+    Raises:
+        UserError: a loss is not finite.
     """
-    samples, parts = stage.data[task].held_out, []
+    samples, parts, unread = stage.data[task].held_out, [], set()
+    for i, sample in enumerate(samples):
+        loss = known.get((*sample["input_ids"].tolist(),))
+        if loss is None:
+            unread.add(i)
+        else:
+            parts.append({"loss": loss, "tokens": response_tokens(sample)})
     sources = sources_of(stage, reading, task, samples)
+    description = f"{stage.name}: {task} ({reading})"
     for source, chosen in sources.items():
-        with read_as(stage, reading, source):
-            description = f"{stage.name}: {task} ({reading})"
-            parts.append(evaluate_loss(stage.passes, Subset(samples, chosen), description))
+        if of_source := [i for i in chosen if i in unread]:
+            with read_as(stage, reading, source):
+                parts.append(evaluate_loss(stage.passes, Subset(samples, of_source), description))
     tokens = sum(part["tokens"] for part in parts)
     loss = sum(part["loss"] * part["tokens"] for part in parts) / tokens
+    check_finite(loss, description)
     return (
         {"loss": loss, "tokens": tokens},
         {source: len(chosen) for source, chosen in sources.items()},

@@ -118,10 +118,11 @@ class SequenceReport:
     def evaluate(self, tasks: list[str], reading: str = LATEST) -> None:
         """Logs the held-out loss of `tasks`, read as `reading`, and of choices the accuracy."""
         for task in tasks:
-            result, answered_as = evaluate_reading(self.now, reading, task)
+            lines, known = choose(self.now, reading, self.questions[task])
+            result, answered_as = evaluate_reading(self.now, reading, task, known)
             stage = self.now.name
             self.losses.write(stage=stage, eval_task=task, branches=reading, **result)
-            for line in choose(self.now, reading, self.questions[task]):
+            for line in lines:
                 self.scores.write(**line)
             if READINGS[reading].is_routed:
                 self.routes.write(stage=stage, eval_task=task, answered_as=answered_as)

@@ -13,14 +13,18 @@ import plot_loss
 import run_experiments
 import train_single_task
 import train_slsd_seq
-from evaluation.likelihood import branching_sample, option_losses, sample_losses
+from configs.command_line import UserError
+from evaluation import readings
+from evaluation.likelihood import branching_sample, choose, option_losses, sample_losses
 from evaluation.matrix import format_score_matrix, summarise_scores
+from evaluation.questions import held_out_questions
+from evaluation.readings import BASE, LATEST, Stage, evaluate_reading
 from methods import parse_config
 from tasks import judged_task
 from tasks.choice import is_choice, options_of
 from tasks.prompt import PromptTemplate, prompt_text
 from training.passes import Passes, StopSignals
-from utils_data import InstructionDataset, split_task
+from utils_data import InstructionDataset, TaskData, split_task
 
 NAN = math.nan
 
@@ -180,6 +184,34 @@ def test_options_have_the_losses_that_whole_samples_have(make_config, tokenizer)
             with torch.no_grad():
                 expected = model(input_ids=ids, labels=labels).loss
             assert found[i, j] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_sample_that_is_an_option_is_read_once(make_config, tokenizer, monkeypatch):
+    """Its loss comes from the reading of all options, and is what reading it alone gives."""
+    model = make_model()
+    cfg = make_config(max_seq_len=64)
+    passes = Passes(cfg, model, tokenizer, torch.device("cpu"), StopSignals())
+    rows = [*law_rows(5), {"instruction": "law 9?", "input": "", "output": "perhaps"}]
+    held_out = InstructionDataset(rows, tokenizer, 64)
+    stage = Stage(BASE, cfg, passes, {"law": TaskData(held_out, held_out, rows)})
+    questions = held_out_questions(cfg, "law", rows, ["yes", "no"] * 4)
+    lines, known = choose(stage, LATEST, questions)
+    assert lines[0]["n"] == len(known) == 5
+    expected, _ = evaluate_reading(stage, LATEST, "law", {})
+    assert expected["loss"] == pytest.approx(mean_loss(model, held_out).item(), rel=1e-5)
+
+    read_whole, original = [], readings.evaluate_loss
+    monkeypatch.setattr(
+        readings,
+        "evaluate_loss",
+        lambda passes, samples, _: read_whole.extend(samples) or original(passes, samples, _),
+    )
+    found, _ = evaluate_reading(stage, LATEST, "law", known)
+    assert [sample["id"] for sample in read_whole] == [held_out[5]["id"]]
+    assert found["tokens"] == expected["tokens"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    with pytest.raises(UserError, match="law .latest.: the loss is not finite"):
+        evaluate_reading(stage, LATEST, "law", dict.fromkeys(known, NAN))
 
 
 def test_the_papers_numbers_by_hand():

@@ -264,6 +264,11 @@ def evaluate_loss(passes: Passes, samples, description: str = "evaluating") -> d
     total, tokens = sum_over_processes(local).tolist()
     tokens = int(tokens)
     loss = total / tokens
+    check_finite(loss, description)
+    return {"loss": loss, "tokens": tokens}
+
+
+def check_finite(loss: float, description: str) -> None:
+    """Raises `UserError` where a loss of evaluation is not finite."""
     if not math.isfinite(loss):
         raise UserError(f"{description}: the loss is not finite; give --dtype float32")
-    return {"loss": loss, "tokens": tokens}
