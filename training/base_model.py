@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from configs.command_line import UserError, num_processes, shows_progress
 from configs.ending import is_out_of_memory
+from models.fused import take_onednn
 from training.device import model_dtype, spare_the_cpu, spare_the_gpu
 from training.model_files import TEKKEN, check_folder, unfit_config, unfit_tokenizer
 from training.processes import all_succeed
@@ -256,6 +257,8 @@ def load_model(cfg, device: torch.device):
         )
     if device.type == "cuda":
         spare_the_gpu(model)
+    elif device.type == "cpu":
+        take_onednn(model)
     return model.eval()
 
 
