@@ -47,7 +47,7 @@ def main(argv=None):
             is_last = t + 1 == len(stages)
             if not journal.training:
                 journal.started = time.perf_counter()
-                journal.position["read_before"] = dict(session.passes.samples_read)
+                journal.position["read_before"] = session.passes.samples_read_by_all()
             with session.passes.kept_prefix():
                 probes = train_one_task_with_slsd(
                     cfg, session, stage, train_log, method, previous, is_last, drift
@@ -82,8 +82,7 @@ def costs_of_stage(cfg, session: Session, stage: str, method: Method) -> dict:
 
     All that the stage read counts, also before its first step and after its last.
     """
-    before, now = session.journal.position["read_before"], session.passes.samples_read
-    of_each = gather({kind: now[kind] - before[kind] for kind in now})
+    before, now = session.journal.position["read_before"], session.passes.samples_read_by_all()
     _, steps = count_steps(cfg, len(session.data[stage].train))
     kept = sum(tensor.nbytes for tensor in method.state().values())
     if kept:
@@ -91,7 +90,7 @@ def costs_of_stage(cfg, session: Session, stage: str, method: Method) -> dict:
     return {
         "samples_kept": method.num_kept,
         "bytes_kept": kept,
-        "samples_a_step": {kind: sum(read[kind] for read in of_each) / steps for kind in now},
+        "samples_a_step": {kind: (now[kind] - before[kind]) / steps for kind in now},
     }
 
 

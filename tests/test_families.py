@@ -16,6 +16,7 @@ from evaluation.readings import open_stage
 from models.adapter import save_adapter
 from models.ds_lora import ds_lora_layers, training_mode
 from models.forward import IGNORE
+from models.fused import take_onednn
 from training.base_model import check_model
 
 TASK = "T1_general"
@@ -147,6 +148,7 @@ def test_a_family_trains_and_stock_peft_gives_the_same_logits(
     stage = open_stage(make_config(**settings | {"num_frozen_layers": 0}), str(checkpoint))
     assert stage.cfg.num_frozen_layers == 2
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    take_onednn(plain)  # as ours has, so that every bit is the same
     with torch.no_grad():
         ours, base = (m(IDS, use_cache=False).logits for m in (stage.passes.model, plain))
         theirs = PeftModel.from_pretrained(plain, checkpoint).eval()(IDS, use_cache=False).logits

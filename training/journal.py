@@ -144,6 +144,7 @@ class Journal:
         self._save(None, {}, keep=1)
 
     def _save(self, training, parts, keep: int = 2) -> None:
+        samples_read = self.passes.samples_read_by_all()
         if not is_first():
             return
         self._check_lock()
@@ -158,7 +159,7 @@ class Journal:
                 "used": self.passes.tokens_per_pass,
                 "divisor": self.passes.divisor,
             },
-            "samples_read": self.passes.samples_read,
+            "samples_read": samples_read,
             "trackers": self.trackers.state,
             "prefix_room": {"given": prefix_limits(self.cfg), "used": self.passes.prefix.room},
         }
@@ -173,7 +174,9 @@ class Journal:
         if facts["training"]:
             self.training = facts["training"], parts
             self.started -= facts["seconds"]
-        self.passes.samples_read = facts["samples_read"]
+        if is_first():
+            # Those of all processes, which only their sum counts.
+            self.passes.samples_read = facts["samples_read"]
         passes = facts["tokens_per_pass"]
         # Halved when memory ran out: it would run out again.
         if passes["given"] == self.cfg.tokens_per_pass:

@@ -20,6 +20,7 @@ from models.frozen_prefix import FrozenPrefix
 from tasks.prompt import PromptTemplate
 from training.memory import PASS_WITHOUT_GRADIENTS, Shapes
 from training.plan import prefix_room
+from training.processes import gather
 from utils_data import collate_fn
 
 PREFIX_TOKENS = 2048
@@ -156,7 +157,7 @@ class Passes:
     Attributes:
         tokens_per_pass: of a pass with gradients; halved where memory runs out.
         divisor: of the tokens of work without gradients; doubled where memory runs out there.
-        samples_read: samples of all passes so far, with a backward and without.
+        samples_read: samples of all passes of this process, with a backward and without.
         prefix: the kept output of the frozen layers.
         template: what stands around the samples' texts.
     """
@@ -183,6 +184,11 @@ class Passes:
             start = self.prefix.start([samples[i] for i in indices], batch)
             self.samples_read["backward" if torch.is_grad_enabled() else "forward"] += len(indices)
             yield indices, {**batch, "start": start} if start else batch, targets
+
+    def samples_read_by_all(self) -> dict[str, int]:
+        """`samples_read`, summed over all processes."""
+        of_each = gather(self.samples_read)
+        return {kind: sum(read[kind] for read in of_each) for kind in self.samples_read}
 
     def frozen_outputs(self, samples):
         """Yields (indices, output of the frozen layers (batch, length, width)) by pass."""

@@ -166,8 +166,9 @@ def set_up(cfg, run_name: str, tasks: list[str]):
         if saved:
             journal.resume(*saved)
             print(f"going on from {state.folder}")
-        elif is_first():
-            clear_outputs(cfg, run_name)
+        else:
+            if is_first():
+                clear_outputs(cfg, run_name)
             journal.save()
         if is_first():
             write_settings(cfg, run_name, tasks)

@@ -113,7 +113,8 @@ def test_two_processes_give_the_results_of_one(settings, argv, tmp_path, monkeyp
 def test_a_killed_process_ends_all_and_the_run_goes_on_as_if_nothing_had_happened(
     argv, tmp_path, capsys
 ):
-    dropout = {"lora_dropout": 0.1}
+    # Five samples: one process reads three of them, the other two.
+    dropout = {"lora_dropout": 0.1, "max_train_samples": 5, "max_steps_per_task": 6}
     assert finished(start(argv("whole", 2, **dropout)))[0] == 0
     command = argv("cut", 2, **dropout)
     run = start(command)
