@@ -255,11 +255,15 @@ def load_model(cfg, device: torch.device):
         raise UserError(
             f"--model_name {cfg.model_name}: {len(names)} weights, such as {names[0]}, are missing"
         )
+    _take_kernels(model, device)
+    return model.eval()
+
+
+def _take_kernels(model, device: torch.device) -> None:
     if device.type == "cuda":
         spare_the_gpu(model)
     elif device.type == "cpu":
         take_onednn(model)
-    return model.eval()
 
 
 def _load_shares(cfg, device: torch.device, dtype: torch.dtype):
@@ -273,8 +277,7 @@ def _load_shares(cfg, device: torch.device, dtype: torch.dtype):
                 f"--shard true: some weights of {cfg.model_name} are held in float32, and those of "
                 "a layer are gathered in one dtype; give --dtype float32 or --shard false"
             )
-        if device.type == "cuda":
-            spare_the_gpu(model)
+        _take_kernels(model, device)
         files = _loaded(cfg, lambda: weight_files(cfg))
         try:
             with _fitting(cfg, dtype, device, cure):
